@@ -1,0 +1,1 @@
+"""From the run database to associations, importances, fronts, findings, figures and reports."""

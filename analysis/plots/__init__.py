@@ -1,0 +1,1 @@
+"""One module a figure; each draws on given Axes and returns them."""

@@ -1,0 +1,1 @@
+"""The run database: vocabulary, schema, store, queries and transfer."""

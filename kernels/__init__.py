@@ -1,0 +1,1 @@
+"""Losses over large catalogs that never keep the logits: Triton kernels and torch equals."""

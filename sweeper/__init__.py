@@ -1,0 +1,1 @@
+"""Grid files, scheduling with Ray Tune and the command line: the composition root."""

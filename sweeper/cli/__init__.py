@@ -1,0 +1,1 @@
+"""The commands of `srsweep`, one module each."""

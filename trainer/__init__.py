@@ -1,0 +1,1 @@
+"""Data preparation, models, losses, metrics and the training loop; runs without Ray and SQL."""

@@ -1,0 +1,1 @@
+"""Sequential recommenders on padding-free batches."""
