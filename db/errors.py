@@ -26,11 +26,11 @@ class SchemaVersionError(StoreError):
 
 
 class LostLeaseError(StoreError):
-    """This worker no longer owns its attempt: another one may be running the same run."""
+    """The worker no longer owns its attempt: another one may be running the same run."""
 
 
 class TransferError(SrsweepError, ValueError):
-    """A file to import, or a place to export to, that does not fit; the text names column and row."""
+    """A file to import or a place to export to that does not fit; the text names column and row."""
 
 
 class AnalysisError(SrsweepError, ValueError):

@@ -128,9 +128,9 @@ class RunSpec:
     learning_rate: float = 1e-3
     """Step size of the optimizer, constant over training."""
     optimizer: Optimizer = "adam"
-    """`adam` (betas 0.9 and 0.98), or `rowwise_adam` (touched item rows only, another algorithm)."""
+    """`adam` (betas 0.9, 0.98), or `rowwise_adam` (touched item rows only: another algorithm)."""
     precision: Precision | None = None
-    """fp32, bf16 or fp16 with a loss scaler; null is resolved by device before the run is stored."""
+    """fp32, bf16 or fp16 with a loss scaler; null is resolved by device before storing."""
     max_epochs: int = 20
     """Most passes over the training users."""
     patience: int = 4
