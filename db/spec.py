@@ -227,7 +227,10 @@ def paper_profile(model: str, loss: str) -> dict[str, Any]:
     Padding is attended to and predicted from by its SASRec; its CCE counts padded positions and
     its CCE- is biased.
     """
-    values = dict(PAPER_PROFILE) if model == "sasrec" else {"metric_frame": "test_history"}
+    if model != "sasrec":
+        values: dict[str, Any] = {"metric_frame": PAPER_PROFILE["metric_frame"]}
+    else:
+        values = dict(PAPER_PROFILE)
     if loss == "cce" and model == "sasrec":
         values["count_padding"] = True
     if loss == "cce_minus":
@@ -308,7 +311,7 @@ def _check_types(spec: RunSpec) -> None:
         value = getattr(spec, name)
         options = typing.get_args(kind) if typing.get_origin(kind) is not Literal else (kind,)
         allowed: list[Any] = []
-        accepted = False
+        accepted: bool = False
         for option in options or (kind,):
             if typing.get_origin(option) is Literal:
                 allowed += typing.get_args(option)
