@@ -1,0 +1,225 @@
+"""Training and evaluation batches without padding, gathered from flat item arrays."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from db.errors import DataError
+from trainer.seeds import derive
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Spans(Protocol):
+    """Users as slices of one flat item array, as `trainer.data.dataset.SequenceSet` holds them."""
+
+    @property
+    def starts(self) -> IntArray:
+        """First position of each user, shape (num_users,)."""
+
+    @property
+    def ends(self) -> IntArray:
+        """One past the last position of each user, shape (num_users,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Sequences of a batch laid end to end, shortest first, with no padded position between them.
+
+    Attributes
+    ----------
+    items : Tensor, shape (T,), int64
+        Input items of all sequences.
+    positions : Tensor, shape (T,), int64
+        Place of each token in the window; the last one of a sequence is `max_seq_len - 1`.
+    targets : Tensor, shape (T,), int64
+        The item that follows each token; empty in batches for evaluation.
+    lengths : ndarray, shape (S,), int64
+        Tokens of each sequence, ascending, all above 0; on the host.
+    first_items : Tensor, shape (F,), int64
+        First items of the sequences that do not fill the window: a padded model predicts each
+        from a padded input.
+    users : ndarray, shape (B,), int64
+        Row of each user in the set that was batched, in the order of the sequences. The
+        `B - S` users without an input token come first.
+    max_seq_len : int
+        Length of the window.
+    """
+
+    items: Tensor
+    positions: Tensor
+    targets: Tensor
+    lengths: IntArray
+    first_items: Tensor
+    users: IntArray
+    max_seq_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens T."""
+        return self.items.shape[0]
+
+    @property
+    def num_padded(self) -> int:
+        """Positions of the padded window without any label."""
+        return len(self.users) * self.max_seq_len - self.num_tokens - self.first_items.shape[0]
+
+    def last_tokens(self) -> Tensor:
+        """Index of the last token of each sequence, shape (S,), int64."""
+        return torch.from_numpy(np.cumsum(self.lengths) - 1).to(self.items.device)
+
+
+def item_tensor(items: npt.NDArray[np.int32], device: torch.device) -> Tensor:
+    """Flat items as a tensor; on a CPU it shares the memory of the (mapped) array.
+
+    Parameters
+    ----------
+    items : ndarray, shape (rows,), int32
+        Items of all users, one after the other; may be a read-only memory map.
+    device : torch.device
+        Where batches are gathered.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(items).to(device)
+
+
+class PackedSequences:
+    """Gathers batches of users from a flat item array.
+
+    Parameters
+    ----------
+    items : Tensor, shape (rows,), int32
+        See `item_tensor`; batches are made on its device.
+    spans : Spans
+        Users as slices of `items`, oldest item first.
+    max_seq_len : int
+        Most input items kept of a user.
+    next_items : bool
+        Whether the last item of a user serves as target only (next-item training) or every
+        kept item is an input (evaluation, masked training).
+    """
+
+    def __init__(self, items: Tensor, spans: Spans, *, max_seq_len: int, next_items: bool) -> None:
+        self._items = items
+        self._max_seq_len = max_seq_len
+        self._next_items = next_items
+        starts = np.asarray(spans.starts, dtype=np.int64)
+        ends = np.asarray(spans.ends, dtype=np.int64)
+        kept = np.minimum(ends - starts, max_seq_len + int(next_items))
+        self._starts = ends - kept
+        self._lengths: IntArray = np.maximum(kept - int(next_items), 0)
+        self._has_first = (kept > 0) & (kept <= max_seq_len)
+
+    @property
+    def lengths(self) -> IntArray:
+        """Input tokens of each user, shape (num_users,)."""
+        return self._lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def batch(self, users: IntArray) -> PackedBatch:
+        """Pack the sequences of some users.
+
+        Parameters
+        ----------
+        users : ndarray, shape (B,), int64
+            Rows of the set.
+        """
+        lengths = self._lengths[users]
+        order = np.argsort(lengths, kind="stable")
+        users, lengths = users[order], lengths[order]
+        starts = self._starts[users]
+        device = self._items.device
+        empty = int(np.searchsorted(lengths, 0, side="right"))
+        lengths, filled_starts = lengths[empty:], starts[empty:]
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        begins = ends - lengths
+        # one transfer for the three offsets of every sequence
+        offsets = torch.from_numpy(
+            np.stack([filled_starts - begins, self._max_seq_len - ends, lengths])
+        ).to(device, non_blocking=True)
+        spread = torch.repeat_interleave(offsets[:2], offsets[2], dim=1, output_size=total)
+        spread += torch.arange(total, device=device)
+        index = spread[0]
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        targets, first_items = none, none
+        if self._next_items:
+            targets = self._items[index + 1].long()
+            first = torch.from_numpy(starts[self._has_first[users]]).to(device)
+            first_items = self._items[first].long()
+        return PackedBatch(
+            items=self._items[index].long(),
+            positions=spread[1],
+            targets=targets,
+            lengths=lengths,
+            first_items=first_items,
+            users=users,
+            max_seq_len=self._max_seq_len,
+        )
+
+
+class TrainingBatches:
+    """Random batches in which every user with a target comes once per epoch.
+
+    Parameters
+    ----------
+    sequences : PackedSequences
+        Training users.
+    batch_size : int
+        Users per batch; the last batch of an epoch may be smaller.
+    min_tokens : int
+        Users with fewer input tokens have nothing to learn from and are left out.
+    seed : int
+        Seed of the run; the order of an epoch depends on it and on the epoch's number alone.
+
+    Raises
+    ------
+    DataError
+        No user has `min_tokens` input tokens.
+    """
+
+    def __init__(
+        self, sequences: PackedSequences, *, batch_size: int, min_tokens: int, seed: int
+    ) -> None:
+        self._sequences = sequences
+        self._batch_size = batch_size
+        self._seed = seed
+        self._users = np.flatnonzero(sequences.lengths >= min_tokens)
+        if not len(self._users):
+            raise DataError(
+                f"none of the {len(sequences)} training users has a target; prepare the dataset "
+                "with longer sequences"
+            )
+
+    @property
+    def num_users(self) -> int:
+        """Users of an epoch."""
+        return len(self._users)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._users) / self._batch_size)
+
+    def epoch(self, number: int, first_batch: int = 0) -> Iterator[PackedBatch]:
+        """Batches of an epoch, from one of them on.
+
+        Parameters
+        ----------
+        number : int
+            Epoch, from 0.
+        first_batch : int
+            Batches to pass over, as a resumed run does.
+        """
+        generator = np.random.default_rng(derive(self._seed, "order", number))
+        order = generator.permutation(self._users)
+        for begin in range(first_batch * self._batch_size, len(order), self._batch_size):
+            yield self._sequences.batch(order[begin : begin + self._batch_size])

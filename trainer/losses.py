@@ -1,0 +1,205 @@
+"""Training losses over valid targets: plain torch baselines, and those computed by `kernels`.
+
+T targets, V items of the catalog, d the width of hidden states, N negatives per target.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from db.errors import SpecError
+from db.spec import RunSpec
+from trainer.models.network import Predictions
+from trainer.seeds import derive
+
+LossFunction = Callable[[Predictions, Tensor, Tensor | None, int], Tensor]
+"""Mean loss from predictions, item vectors (V, d), item biases (V,) or None, and the step."""
+
+
+def cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    target_weight: Tensor | None = None,
+) -> Tensor:
+    """Softmax cross-entropy over the whole catalog with all T x V logits in memory.
+
+    The baseline that other losses are compared with; nothing but valid targets is computed.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (T, d)
+    weight : Tensor, shape (V, d)
+        Item vectors.
+    targets : Tensor, shape (T,), int64
+    bias : Tensor, shape (V,), optional
+        Item biases.
+    target_weight : Tensor, shape (T,), optional
+        How many equal targets a row stands for.
+
+    Returns
+    -------
+    Tensor, shape ()
+        Mean over targets.
+    """
+    logits = F.linear(hidden, weight, bias)
+    if target_weight is None:
+        return F.cross_entropy(logits, targets)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses * target_weight).sum() / target_weight.sum()
+
+
+def sampled_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    *,
+    bias: Tensor | None = None,
+    correction: bool = True,
+) -> Tensor:
+    """Cross-entropy over the target and its own uniform negatives (CE-), gathered per target.
+
+    A negative that equals the target takes no part. The others stand for the V - 1 items besides
+    the target: each logit is raised by log(V - 1) - log(N - hits). A target whose negatives all
+    hit has loss 0.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (T, d)
+    weight : Tensor, shape (V, d)
+    targets : Tensor, shape (T,), int64
+    negatives : Tensor, shape (T, N), int64
+        Drawn uniformly from all V items.
+    bias : Tensor, shape (V,), optional
+    correction : bool
+        Whether logits are raised as above.
+
+    Returns
+    -------
+    Tensor, shape ()
+        Mean over targets.
+    """
+    positive = _scores(hidden, weight, targets[:, None], bias)
+    negative = _scores(hidden, weight, negatives, bias)
+    hit = negatives == targets[:, None]
+    if correction:
+        misses = (negatives.shape[1] - hit.sum(dim=1, keepdim=True)).clamp_min(1)
+        negative = negative + (math.log(weight.shape[0] - 1) - misses.log())
+    negative = negative.masked_fill(hit, -math.inf)
+    logits = torch.cat([positive, negative], dim=1)
+    return F.cross_entropy(logits, torch.zeros_like(targets))
+
+
+def binary_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy of the target and its negatives, from logits.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (T, d)
+    weight : Tensor, shape (V, d)
+    targets : Tensor, shape (T,), int64
+    negatives : Tensor, shape (T, N), int64
+    bias : Tensor, shape (V,), optional
+
+    Returns
+    -------
+    Tensor, shape ()
+        Sum over a target and its negatives, mean over targets.
+    """
+    positive = _scores(hidden, weight, targets[:, None], bias).float()
+    negative = _scores(hidden, weight, negatives, bias).float()
+    total = F.softplus(-positive).sum() + F.softplus(negative).sum()
+    return total / targets.shape[0]
+
+
+def uniform_items(
+    num_rows: int, num: int, num_items: int, seed: int, device: torch.device
+) -> Tensor:
+    """Independent uniform items, shape (num_rows, num), int64."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(num_items, (num_rows, num), generator=generator, device=device)
+
+
+def uniform_others(targets: Tensor, num: int, num_items: int, seed: int) -> Tensor:
+    """Independent uniform items besides each target, shape (T, num), int64."""
+    drawn = uniform_items(len(targets), num, num_items - 1, seed, targets.device)
+    return drawn + (drawn >= targets[:, None])
+
+
+def make_loss(spec: RunSpec, num_items: int) -> LossFunction:
+    """Loss of a run, with its knobs unpacked and its negatives seeded by the step.
+
+    Parameters
+    ----------
+    spec : RunSpec
+    num_items : int
+        Catalog size V.
+
+    Raises
+    ------
+    SpecError
+        More negatives than other items.
+    """
+    num = spec.num_negatives
+    if num is not None and num >= num_items:
+        raise SpecError(
+            f"num_negatives={num} is not below the {num_items} items of {spec.dataset!r}; "
+            "lower it, or use loss 'ce' or 'cce' with null for the full softmax"
+        )
+    seed = functools.partial(derive, spec.seed, "negatives")
+    if spec.loss == "ce":
+        return _full
+    if spec.loss == "ce_minus":
+        return _sampled(num or 0, spec.logq_correction, seed)
+    if spec.loss == "bce":
+        return _binary(num or 0, seed)
+    raise SpecError(f"loss={spec.loss!r} is not built yet; use ce, ce_minus or bce")
+
+
+def _full(predictions: Predictions, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+    return cross_entropy(
+        predictions.hidden,
+        weight,
+        predictions.targets,
+        bias=bias,
+        target_weight=predictions.weight,
+    )
+
+
+def _sampled(num: int, correction: bool, seed: Callable[[int], int]) -> LossFunction:
+    def loss(made: Predictions, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+        targets = made.targets
+        negatives = uniform_items(len(targets), num, weight.shape[0], seed(step), targets.device)
+        return sampled_cross_entropy(
+            made.hidden, weight, targets, negatives, bias=bias, correction=correction
+        )
+
+    return loss
+
+
+def _binary(num: int, seed: Callable[[int], int]) -> LossFunction:
+    def loss(made: Predictions, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+        negatives = uniform_others(made.targets, num, weight.shape[0], seed(step))
+        return binary_cross_entropy(made.hidden, weight, made.targets, negatives, bias=bias)
+
+    return loss
+
+
+def _scores(hidden: Tensor, weight: Tensor, items: Tensor, bias: Tensor | None) -> Tensor:
+    """Scores of each row's own items, shape (T, N)."""
+    scores = torch.bmm(F.embedding(items, weight), hidden[:, :, None]).squeeze(2)
+    return scores if bias is None else scores + F.embedding(items, bias[:, None]).squeeze(2)

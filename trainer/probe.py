@@ -1,0 +1,176 @@
+"""Memory and time of training, measured the same way whichever device and process it runs in.
+
+On CUDA the figures are torch's own: bytes allocated, reserved and their peak. On a CPU they are
+resident anonymous bytes above what the process held before the model was built: the interpreter,
+the libraries, mapped datasets and whatever an earlier run left behind are not counted.
+"""
+
+import ctypes
+import gc
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from db.measures import MemorySource
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_FIELD = re.compile(rb"(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB")
+_WARM_UP_SIZE = 512
+_SAMPLING_SECONDS = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """Bytes in use now, held by the allocator, and at most since the last reset."""
+
+    allocated: int
+    reserved: int | None
+    peak: int
+
+
+class MemoryProbe:
+    """Reads the memory of one device.
+
+    Parameters
+    ----------
+    device : torch.device
+        CUDA, or anything else for the memory of this process.
+    """
+
+    source: MemorySource
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._excluded = 0
+        self.source = "cuda_allocated" if device.type == "cuda" else "resident"
+        release_memory(device)
+        if device.type != "cuda":
+            _warm_up_libraries()
+            release_memory(device)
+            self._resident = _Resident()
+            self._baseline = self._resident.read()[0]
+        self.reset_peak()
+
+    def exclude(self, num_bytes: int) -> None:
+        """Leave out bytes that the run keeps for its own bookkeeping on the measured device."""
+        self._excluded = num_bytes
+
+    def reset_peak(self) -> None:
+        """Begin a new period for the peak."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._resident.reset_peak()
+
+    def read(self) -> MemoryReading:
+        """Bytes now and since the last reset."""
+        if self._device.type == "cuda":
+            return MemoryReading(
+                torch.cuda.memory_allocated(self._device),
+                torch.cuda.memory_reserved(self._device),
+                torch.cuda.max_memory_allocated(self._device),
+            )
+        now, peak = self._resident.read()
+        taken = self._baseline + self._excluded
+        return MemoryReading(max(now - taken, 0), None, max(peak - taken, 0))
+
+    def total_bytes(self) -> int:
+        """Bytes that the device has."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self._device).total_memory)
+        words = Path("/proc/meminfo").read_text().split()
+        return int(words[words.index("MemTotal:") + 1]) * 1024
+
+
+class _Resident:
+    """Anonymous resident bytes of this process and their peak.
+
+    The kernel keeps a high-water mark of all resident bytes and resets it on request. Where that
+    is not allowed, a thread looks once a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self._sampler = None if _reset_high_water_mark() else _Sampler()
+
+    def reset_peak(self) -> None:
+        if self._sampler is None:
+            _reset_high_water_mark()
+        else:
+            self._sampler.reset()
+
+    def read(self) -> tuple[int, int]:
+        status = _status()
+        now = status[b"RssAnon"]
+        if self._sampler is not None:
+            return now, max(now, self._sampler.peak)
+        others = status[b"RssFile"] + status[b"RssShmem"]
+        return now, max(now, status[b"VmHWM"] - others)
+
+
+class _Sampler:
+    """Highest anonymous resident bytes seen by a thread of its own."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self._watch, daemon=True, name="srsweep-memory").start()
+
+    def reset(self) -> None:
+        self.peak = 0
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, _status()[b"RssAnon"])
+            time.sleep(_SAMPLING_SECONDS)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that nothing uses any more back to the system.
+
+    Without it the heap of a process would keep what evaluation or an earlier run freed, and
+    later figures would rest on it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status() -> dict[bytes, int]:
+    return {name: int(kib) * 1024 for name, kib in _FIELD.findall(_STATUS.read_bytes())}
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        _CLEAR_REFS.write_bytes(b"5")
+    except OSError:
+        return False
+    return True
+
+
+def _warm_up_libraries() -> None:
+    """Let the math libraries allocate the work space that they keep for good."""
+    x = torch.randn(_WARM_UP_SIZE, _WARM_UP_SIZE, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    torch.autograd.backward((x @ x).softmax(dim=-1).sum())
+
+
+def _load_malloc_trim() -> "ctypes._NamedFuncPointer | None":
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+_malloc_trim = _load_malloc_trim()
