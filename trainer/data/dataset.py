@@ -5,7 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -233,7 +233,7 @@ def _load_meta(folder: Path) -> dict[str, Any]:
 def _map_array(folder: Path, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     path = folder / f"{name}.npy"
     # An empty file cannot be mapped; such an array is read instead.
-    mode = None if 0 in shape else "r"
+    mode: Literal["r"] | None = None if 0 in shape else "r"
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
     except FileNotFoundError:
