@@ -267,8 +267,7 @@ def _fit_case(case: _Case, repeats: int, permutations: int, seed: int) -> _Fitte
     for method in ("fanova", "ped_anova"):
         chosen = encodings[(encodings["method"] == method) & encodings["shown"]]
         rows += [
-            row(method, item.parameter, np.array([item.importance]))
-            for item in chosen.itertuples()
+            row(method, item.parameter, np.array([item.importance])) for item in chosen.itertuples()
         ]
     encodings.insert(0, "metric", case.metric)
     encodings.insert(0, "dataset", case.dataset)
