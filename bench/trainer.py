@@ -1,0 +1,386 @@
+"""Valid tokens per second of one training step: packed, padded, and replay-rec.
+
+`python -m bench trainer --peer-python /path/to/venv/bin/python` compares with replay-rec in an
+environment of its own, made by `pip install torch==2.13.0 "replay-rec[torch]==0.22.0"`. All
+variants get the same batches, one after the other in every round; a ratio is taken within a round.
+No figure is printed before losses and gradients have been found equal.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench import _padded
+from bench.measure import save, spread, table
+from db.spec import RunSpec
+from trainer.data.batches import PackedBatch, PackedSequences, item_tensor
+from trainer.losses import make_loss
+from trainer.models.build import build_model
+from trainer.models.network import Predictions
+
+_USERS = 20_000
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dataset's catalog and lengths, and the model trained on it.
+
+    Input tokens per user are `shortest + exp(N(log_mean, log_deviation))`, fitted to the share of
+    padded positions in the real data at three window lengths.
+    """
+
+    num_items: int
+    shortest: int
+    log_mean: float
+    log_deviation: float
+    max_seq_len: int
+    embedding_dim: int
+    batch_size: int = 128
+
+
+_ML = Shape(3_416, 17, 4.226, 1.505, 200, 64)  # 11, 47, 70 % padded at 50, 200, 512
+_BEAUTY = Shape(12_101, 2, 0.712, 1.191, 50, 64)  # 83, 89, 97 % padded at 32, 50, 200
+SHAPES = {
+    "ml1m_sl200_d64": _ML,
+    "beauty_sl50_d64": _BEAUTY,
+    "ml1m_sl50_d64": dataclasses.replace(_ML, max_seq_len=50),
+    "ml1m_sl50_d256": dataclasses.replace(_ML, max_seq_len=50, embedding_dim=256),
+    "ml1m_sl200_d256": dataclasses.replace(_ML, embedding_dim=256),
+    "tiny": Shape(100, 1, 1.0, 1.0, 12, 16, batch_size=8),
+}
+_NUM_NEGATIVES = {"ce": None, "cce": None, "bce": 1, "ce_minus": 64}
+
+Seconds = tuple[float, float]
+"""Wall and processor seconds of one step."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and print its table."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    rows = []
+    for shape in options.shapes:
+        for loss in options.losses:
+            rows += measure(shape, loss, options)
+            print(table(rows[-len(options.variants) :]), flush=True)
+    if options.save:
+        print(f"appended to {save('trainer', rows)}")
+    return 0
+
+
+def measure(name: str, loss: str, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of one shape and loss, a variant each.
+
+    Raises
+    ------
+    SystemExit
+        A variant's loss or gradients are not those of the packed model.
+    """
+    spec = make_spec(SHAPES[name], loss, options)
+    batches = make_batches(SHAPES[name], options)
+    model = new_model(spec, SHAPES[name].num_items, options.device)
+    check_padded(model, spec, batches[0])
+    with _variants(model, spec, batches, SHAPES[name], options) as variants:
+        options.variants = list(variants)
+        seconds: dict[str, list[Seconds]] = {variant: [] for variant in variants}
+        for number in range(options.warmup + options.rounds):
+            for variant, step in variants.items():
+                taken = step(number % len(batches))
+                if number >= options.warmup:
+                    seconds[variant].append(taken)
+    tokens = [batches[n % len(batches)].num_tokens for n in range(options.warmup, number + 1)]
+    return [_row(name, loss, spec, variant, seconds, tokens, options) for variant in variants]
+
+
+def make_spec(shape: Shape, loss: str, options: argparse.Namespace) -> RunSpec:
+    """Spec of the packed model."""
+    return RunSpec(
+        dataset="generated",
+        model=options.model,
+        loss=loss,  # type: ignore[arg-type]
+        batch_size=shape.batch_size,
+        max_seq_len=shape.max_seq_len,
+        embedding_dim=shape.embedding_dim,
+        num_negatives=_NUM_NEGATIVES[loss],
+        precision="fp32",
+    )
+
+
+def make_batches(shape: Shape, options: argparse.Namespace) -> list[PackedBatch]:
+    """Batches of random users with Zipf items."""
+    generator = np.random.default_rng(7)
+    drawn = generator.lognormal(shape.log_mean, shape.log_deviation, _USERS)
+    lengths = shape.shortest + drawn.astype(np.int64) + 1
+    ends = np.cumsum(lengths)
+    weight = 1.0 / (np.arange(shape.num_items) + 10.0)
+    items = generator.choice(shape.num_items, ends[-1], p=weight / weight.sum()).astype(np.int32)
+    sequences = PackedSequences(
+        item_tensor(items, torch.device(options.device)),
+        _Spans(ends - lengths, ends),
+        max_seq_len=shape.max_seq_len,
+        next_items=options.model == "sasrec",
+    )
+    return [
+        sequences.batch(generator.choice(_USERS, shape.batch_size, replace=False))
+        for _ in range(options.batches)
+    ]
+
+
+@dataclass(frozen=True)
+class _Spans:
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def new_model(spec: RunSpec, num_items: int, device: str) -> Any:
+    """Model with drawn weights."""
+    model = build_model(spec, num_items).to(device)
+    model.reset_parameters(torch.Generator(device).manual_seed(3))  # type: ignore[operator]
+    return model
+
+
+def check_padded(model: Any, spec: RunSpec, batch: PackedBatch) -> None:
+    """Loss and gradients of the packed model against the padded one, without dropout."""
+    plain = _without_dropout(model, spec)
+    loss = make_loss(spec, model.output_weight.shape[0])
+    padded = _padded.lay_out(plain, batch)
+    found = _loss_and_gradients(plain, loss, lambda: plain.predictions(batch, 0))
+    wanted = _loss_and_gradients(
+        plain, loss, lambda: padded.predictions(plain, spec.num_heads, 0.0, all_positions=False)
+    )
+    for name, value in found.items():
+        error = (value - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-12)
+        if not error < _TOLERANCE:
+            raise SystemExit(f"{name} differs from the padded model's by {error:.1e}: no figures")
+
+
+def _without_dropout(model: Any, spec: RunSpec, **changes: Any) -> Any:
+    plain = build_model(
+        dataclasses.replace(spec, dropout_rate=0.0, **changes), model.output_weight.shape[0]
+    )
+    plain.load_state_dict(model.state_dict())
+    return plain.to(model.output_weight.device)
+
+
+def _loss_and_gradients(
+    model: Any, loss: Callable[..., Tensor], predict: Callable[[], Predictions]
+) -> dict[str, Tensor]:
+    model.zero_grad()
+    value = loss(predict(), model.output_weight, model.output_bias, 0)
+    value.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": value.detach(), **found}
+
+
+@contextmanager
+def _variants(
+    model: Any, spec: RunSpec, batches: list[PackedBatch], shape: Shape, options: Any
+) -> Iterator[Mapping[str, Callable[[int], Seconds]]]:
+    """Steps by name, each from a batch's number to its seconds."""
+    loss = make_loss(spec, shape.num_items)
+    layouts = [_padded.lay_out(model, batch) for batch in batches]
+
+    def packed(trained: Any, number: int) -> Predictions:
+        return trained.predictions(batches[number], number)  # type: ignore[no-any-return]
+
+    def padded(trained: Any, number: int, *, all_positions: bool) -> Predictions:
+        return layouts[number].predictions(
+            trained, spec.num_heads, spec.dropout_rate, all_positions=all_positions
+        )
+
+    steps = {
+        "packed": _Step(model, loss, packed),
+        "padded, valid logits": _Step(
+            model, loss, lambda m, n: padded(m, n, all_positions=False)
+        ),
+    }
+    if spec.loss == "ce":
+        steps["padded, all logits"] = _Step(
+            model, loss, lambda m, n: padded(m, n, all_positions=True)
+        )
+    if not options.peer_python:
+        yield steps
+        return
+    names = {"replay": spec.model}
+    if spec.model == "sasrec" and spec.loss == "ce":
+        names["replay, new network"] = "sasrec_network"
+    peers = {
+        name: _Peer(peer, model, spec, batches, layouts, shape, options)
+        for name, peer in names.items()
+    }
+    try:
+        if spec.loss == "ce":
+            _check_peer(peers["replay"], model, spec, batches[0])
+        yield {**steps, **{name: peer.step for name, peer in peers.items()}}
+    finally:
+        for peer in peers.values():
+            peer.close()
+
+
+class _Step:
+    """Forward, backward and fused Adam on a copy of the model."""
+
+    def __init__(self, model: Any, loss: Any, predict: Any) -> None:
+        import copy
+
+        self._model = copy.deepcopy(model).train()
+        self._loss, self._predict = loss, predict
+        self._optimizer = torch.optim.Adam(
+            self._model.parameters(), lr=1e-3, betas=(0.9, 0.98), fused=True
+        )
+        self._device = model.output_weight.device
+
+    def __call__(self, number: int) -> Seconds:
+        self._synchronise()
+        wall, cpu = time.perf_counter(), time.process_time()
+        made = self._predict(self._model, number)
+        self._loss(made, self._model.output_weight, self._model.output_bias, number).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._synchronise()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class _Peer:
+    """replay-rec in its own process."""
+
+    def __init__(
+        self,
+        peer: str,
+        model: nn.Module,
+        spec: RunSpec,
+        batches: list[PackedBatch],
+        layouts: list[Any],
+        shape: Shape,
+        options: argparse.Namespace,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="srsweep-bench-")
+        folder = Path(self._folder.name)
+        job = spec.to_dict() | {
+            "peer": peer,
+            "num_items": shape.num_items,
+            "num_batches": len(batches),
+            "threads": options.threads,
+            "device": options.device,
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        np.savez(folder / "batches.npz", **_padded.left_padded(layouts))
+        weights = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+        np.savez(folder / "weights.npz", **weights)
+        self._errors = (folder / "errors.txt").open("w+")
+        self._process = subprocess.Popen(
+            [options.peer_python, str(Path(__file__).with_name("_replay.py")), str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+        )  # fmt: skip
+
+    def ask(self, command: str) -> dict[str, float]:
+        """Send a command and wait for its answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._errors.seek(0)
+            raise SystemExit(f"the peer failed:\n{self._errors.read()[-2000:]}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def step(self, number: int) -> Seconds:
+        """Seconds of one training step."""
+        answer = self.ask(f"step {number}")
+        return answer["wall"], answer["cpu"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._errors.close()
+        self._folder.cleanup()
+
+
+def _check_peer(peer: _Peer, model: Any, spec: RunSpec, batch: PackedBatch) -> None:
+    """The peer's loss from our weights against that of our model with the peer's attention."""
+    changes = {"attend_padding": True} if spec.model == "sasrec" else {}
+    plain = _without_dropout(model, spec, **changes).eval()
+    with torch.no_grad():
+        made = plain.predictions(batch, 0)
+        loss = make_loss(spec, model.output_weight.shape[0])
+        ours = loss(made, plain.output_weight, plain.output_bias, 0).item()
+    theirs = peer.ask("loss")["loss"]
+    if not abs(ours - theirs) < _TOLERANCE * abs(theirs):
+        raise SystemExit(f"our loss is {ours:.6f}, the peer's {theirs:.6f}: no figures")
+
+
+def _row(
+    name: str,
+    loss: str,
+    spec: RunSpec,
+    variant: str,
+    seconds: Mapping[str, list[Seconds]],
+    tokens: list[int],
+    options: argparse.Namespace,
+) -> dict[str, object]:
+    clock = options.clock == "cpu"
+    taken = [pair[clock] for pair in seconds[variant]]
+    ours = [pair[clock] for pair in seconds["packed"]]
+    low, middle, high = spread([a / b for a, b in zip(taken, ours, strict=True)])
+    return {
+        "model": spec.model,
+        "shape": name,
+        "loss": loss,
+        "variant": variant,
+        "clock": options.clock,
+        "rounds": len(taken),
+        "step_seconds": median(taken),
+        "tokens_per_second": median(n / s for n, s in zip(tokens, taken, strict=True)),
+        "times_packed": middle,
+        "times_packed_20": low,
+        "times_packed_80": high,
+    }
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench trainer", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES][:-1])
+    parser.add_argument("--losses", nargs="+", choices=_NUM_NEGATIVES, default=["ce"])
+    parser.add_argument("--model", choices=("sasrec", "bert4rec"), default="sasrec")
+    parser.add_argument("--peer-python", help="interpreter that has replay-rec")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--batches", type=int, default=4, help="distinct batches, in turn")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("cpu", "wall"), help="cpu where one thread computes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--save", action="store_true", help="append to bench/results/trainer.csv")
+    options = parser.parse_args(arguments)
+    if options.clock is None:
+        single = options.threads == 1 and options.device == "cpu"
+        options.clock = "cpu" if single else "wall"
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
