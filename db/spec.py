@@ -106,13 +106,15 @@ class RunSpec:
     gbce_t: float = 0.75
     """Calibration of gBCE between 0 (BCE) and 1 (fully calibrated); only with loss gbce."""
     sce_alpha: float = 2.0
-    """SCE: number of buckets over the square root of the number of targets; only with loss sce."""
+    """SCE: targets held by all buckets over targets, as a square root; only with loss sce.
+
+    There are `alpha * sqrt(beta * N)` buckets of `alpha * sqrt(N / beta)` of the N targets."""
     sce_beta: float = 1.0
-    """SCE: number of buckets times bucket size over the number of targets; only with loss sce."""
+    """SCE: number of buckets over targets per bucket; only with loss sce."""
     sce_bucket_size_x: int | None = None
     """SCE: targets per bucket; null takes it from alpha and beta; only with loss sce."""
     sce_bucket_size_y: int = 256
-    """SCE: items per bucket; only with loss sce."""
+    """SCE: items per bucket, those of largest inner product with its center; only with loss sce."""
     sce_mix: bool = True
     """SCE: bucket centers are random mixtures of the hidden states; only with loss sce."""
     embedding_dim: int = 256
