@@ -275,15 +275,25 @@ def end(
     _set_run(connection, held.run_id, RunStatus.PENDING)
 
 
+def has_ended(connection: Connection, held: Claim, status: AttemptStatus | None) -> bool:
+    """Whether the attempt has just this end; None asks whether it has any but `lost`."""
+    found = connection.scalars(
+        sa.select(attempts.c.status).where(
+            attempts.c.id == held.attempt_id, attempts.c.token == held.token
+        )
+    ).one_or_none()
+    if status is None:
+        return found not in (None, AttemptStatus.RUNNING, AttemptStatus.LOST)
+    return found == status
+
+
 def expire(connection: Connection) -> list[str]:
     """End every running attempt whose lease ran out as lost; keys of their runs.
 
     After a restart of a PostgreSQL server every worker has one whole lease to report back:
     while the server was away nobody could renew.
     """
-    overdue = sa.and_(
-        attempts.c.status == AttemptStatus.RUNNING, attempts.c.lease_until < utc_in()
-    )
+    overdue = sa.and_(attempts.c.status == AttemptStatus.RUNNING, attempts.c.lease_until < utc_in())
     if connection.dialect.name == "postgresql":
         started = sa.literal_column("extract(epoch FROM clock_timestamp() - "
                                     "pg_postmaster_start_time())")  # fmt: skip

@@ -131,9 +131,7 @@ def insert_batch(connection: Connection, attempt_id: int, batch: Batch, *, fresh
             _insert_unnest(connection, name, attempt_id, rows)
 
 
-def _insert_sqlite(
-    connection: Connection, name: str, attempt_id: int, rows: Sequence[Row]
-) -> None:
+def _insert_sqlite(connection: Connection, name: str, attempt_id: int, rows: Sequence[Row]) -> None:
     columns = _COLUMNS[name]
     marks = ", ".join("?" * len(columns))
     # the attempt is bound once as text of the statement: an int, never user input
@@ -161,9 +159,7 @@ def _copy(connection: Connection, name: str, attempt_id: int, rows: Sequence[Row
             copy.write_row((attempt_id, *row))
 
 
-def _insert_unnest(
-    connection: Connection, name: str, attempt_id: int, rows: Sequence[Row]
-) -> None:
+def _insert_unnest(connection: Connection, name: str, attempt_id: int, rows: Sequence[Row]) -> None:
     columns = _COLUMNS[name]
     arrays = ", ".join(f"%s::{kind}[]" for kind in _postgresql_types(name))
     statement = (

@@ -51,7 +51,7 @@ class UtcDateTime(TypeDecorator[datetime.datetime]):
         return value.astimezone(datetime.UTC)
 
 
-class utc_in(FunctionElement[datetime.datetime]):  # noqa: N801
+class utc_in(FunctionElement[datetime.datetime]):
     """The database's clock plus a number of seconds, read when the statement runs."""
 
     type = UtcDateTime()
@@ -309,92 +309,53 @@ events = sa.Table(
     sa.Column("details", sa.Text),
 )
 
-_RUN_STEPS_SPEC = (
-    "dataset",
-    "model",
-    "loss",
-    "batch_size",
-    "max_seq_len",
-    "num_negatives",
-    "seed",
-)
+
+def _evaluation_rows(alias: str, metric: str) -> str:
+    return (
+        f"{alias}.attempt_id = steps.attempt_id AND {alias}.split = 'validation' "
+        f"AND {alias}.metric = '{metric}' AND {alias}.k = {SELECTION_K}"
+    )
 
 
-def _run_steps() -> sa.Select[Any]:
+def _run_steps() -> str:
     """Step rows of each run's last attempt with its latest validation at or before the step.
 
     One left join per metric on the whole primary key: both databases leave out the joins whose
     columns a query does not name.
     """
-    later = attempts.alias("later")
-    is_last = ~sa.exists().where(
-        later.c.run_id == attempts.c.run_id, later.c.number > attempts.c.number
-    )
-    anchor = evaluations.alias("evaluation")
-    before = evaluations.alias("before")
-
-    def of_metric(table: sa.Alias, metric: str, k: int) -> sa.ColumnElement[bool]:
-        return sa.and_(
-            table.c.attempt_id == steps.c.attempt_id,
-            table.c.split == sa.literal_column("'validation'"),
-            table.c.metric == sa.literal_column(f"'{metric}'"),
-            table.c.k == sa.literal_column(str(k)),
-        )
-
-    latest = (
-        sa.select(before.c.step)
-        .where(of_metric(before, SELECTION_METRIC, SELECTION_K), before.c.step <= steps.c.step)
-        .order_by(before.c.step.desc())
-        .limit(sa.literal_column("1"))
-        .correlate(steps)
-        .scalar_subquery()
-    )
-    joined: sa.FromClause = (
-        runs.join(attempts, attempts.c.run_id == runs.c.id)
-        .join(steps, steps.c.attempt_id == attempts.c.id)
-        .outerjoin(
-            anchor,
-            sa.and_(of_metric(anchor, SELECTION_METRIC, SELECTION_K), anchor.c.step == latest),
-        )
-    )
-    metrics: list[sa.ColumnElement[Any]] = []
-    for metric in METRICS:
-        table = anchor
-        if metric != SELECTION_METRIC:
-            table = evaluations.alias(f"{metric}_row")
-            joined = joined.outerjoin(
-                table,
-                sa.and_(of_metric(table, metric, SELECTION_K), table.c.step == anchor.c.step),
-            )
-        metrics.append(table.c.value.label(metric_column(metric, SELECTION_K)))
-    measured = [column for column in steps.c if column.name not in {"attempt_id", "loss"}]
-    return (
-        sa.select(
-            runs.c.run_key,
-            *(runs.c[name] for name in _RUN_STEPS_SPEC),
-            attempts.c.id.label("attempt_id"),
-            attempts.c.number.label("attempt"),
-            attempts.c.device_class,
-            *measured,
-            steps.c.loss.label("train_loss"),
-            anchor.c.step.label("evaluation_step"),
-            *metrics,
-        )
-        .select_from(joined)
-        .where(is_last)
-    )
+    others = [metric for metric in METRICS if metric != SELECTION_METRIC]
+    values = [
+        f"{metric}_row.value AS {metric_column(metric, SELECTION_K)}"
+        for metric in (SELECTION_METRIC, *others)
+    ]
+    first = f"{SELECTION_METRIC}_row"
+    lines = [
+        "SELECT runs.run_key, runs.dataset, runs.model, runs.loss AS loss_function,",
+        "runs.batch_size, runs.max_seq_len, runs.num_negatives, runs.seed,",
+        "attempts.id AS attempt_id, attempts.number AS attempt, attempts.device_class,",
+        ", ".join(f"steps.{column.name}" for column in list(steps.c)[1:]) + ",",
+        f"{first}.step AS evaluation_step,",
+        ",\n".join(values),
+        "FROM runs",
+        "JOIN attempts ON attempts.run_id = runs.id",
+        "JOIN steps ON steps.attempt_id = attempts.id",
+        f"LEFT JOIN evaluations AS {first} ON {_evaluation_rows(first, SELECTION_METRIC)}",
+        f"AND {first}.step = (SELECT earlier.step FROM evaluations AS earlier",
+        f"WHERE {_evaluation_rows('earlier', SELECTION_METRIC)}",
+        "AND earlier.step <= steps.step ORDER BY earlier.step DESC LIMIT 1)",
+        *(
+            f"LEFT JOIN evaluations AS {metric}_row ON "
+            f"{_evaluation_rows(f'{metric}_row', metric)} AND {metric}_row.step = {first}.step"
+            for metric in others
+        ),
+        "WHERE NOT EXISTS (SELECT 1 FROM attempts AS later",
+        "WHERE later.run_id = attempts.run_id AND later.number > attempts.number)",
+    ]
+    return "\n".join(lines)
 
 
-def view_sql(dialect: Dialect) -> dict[str, str]:
-    """SELECT statement of each view by name, for migrations and their test.
-
-    Parameters
-    ----------
-    dialect : sqlalchemy.engine.Dialect
-        Of SQLite or PostgreSQL.
-    """
-    text = str(_run_steps().compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
-    return {"run_steps": text}
+VIEWS: dict[str, str] = {"run_steps": _run_steps()}
+"""SELECT statement of each view by name; the same text serves both databases."""
 
 
 def spec_values(spec: RunSpec) -> dict[str, Any]:
