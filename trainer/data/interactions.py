@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,10 @@ class Chunk:
 class ReadReport:
     """What a source saw while it was read; complete once its chunks are exhausted."""
 
+    file: str = "the input"
+    """Name of the file for messages."""
+    id_type: Literal["auto", "int", "string"] = "string"
+    """`auto`: text ids become whole numbers if all of them are."""
     num_raw_rows: int = 0
     """Rows of the file, headers apart."""
     num_bad_rows: int = 0

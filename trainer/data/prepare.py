@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from db.errors import DataError
+from trainer.data.checks import settle_ids
 from trainer.data.dataset import (
     FORMAT_VERSION,
     META_FILE,
@@ -116,6 +117,10 @@ def _prepare_into(
     chunks, report = source.chunks()
     for chunk in chunks:
         raw.append(users.encode(chunk.users), items.encode(chunk.items), chunk.timestamps)
+    if not len(raw):
+        raise DataError(f"{report.file} gave no interactions; give more data")
+    user_ids = settle_ids(users.table(), report.id_type, f"{report.file}: user column")
+    item_ids = settle_ids(items.table(), report.id_type, f"{report.file}: item column")
     counts: dict[str, Any] = {
         "raw_rows": report.num_raw_rows,
         "bad_rows": report.num_bad_rows,
@@ -134,8 +139,8 @@ def _prepare_into(
     plan = plan_sequences(roles, len(items))
     statistics = write_sequences(log, plan, folder, memory_rows)
     sets = _write_arrays(folder, plan, statistics)
-    _write_ids(folder / "user_ids", users.table(), roles.user_order)
-    _write_ids(folder / "item_ids", items.table(), roles.item_order)
+    _write_ids(folder / "user_ids", user_ids, roles.user_order)
+    _write_ids(folder / "item_ids", item_ids, roles.item_order)
     counts |= _count_sets(plan, sets, statistics)
     _require_targets(counts, options)
     return {
@@ -149,7 +154,7 @@ def _prepare_into(
         "train_sequence_length": _describe_lengths(plan.train_counts[plan.train_counts > 0]),
         **_describe_shares(counts, statistics, user_rows),
         "bad_rows": report.bad_rows,
-        "warnings": _warnings(report, users.table(), user_rows, counts),
+        "warnings": _warnings(report, user_ids, user_rows, counts),
         "rule_versions": RULE_VERSIONS,
     }
 
