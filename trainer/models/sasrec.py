@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.data.batches import PackedBatch
-from trainer.models.attention import Costs, GroupedLayout, attend
+from trainer.models.attention import GroupedLayout
+from trainer.models.block import TransformerBlock, attention_costs
 from trainer.models.network import Predictions, SequenceModel
 
 _EPS = 1e-8
@@ -152,7 +153,7 @@ class SASRec(SequenceModel):
         return torch.cat(states)
 
 
-class SASRecBlock(nn.Module):
+class SASRecBlock(TransformerBlock):
     """One transformer block of SASRec.
 
     Parameters
@@ -164,28 +165,9 @@ class SASRecBlock(nn.Module):
     """
 
     def __init__(self, width: int, num_heads: int, dropout_rate: float) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps=_EPS)
-        self.in_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_bias = nn.Parameter(torch.empty(3 * width))
-        self.out = nn.Linear(width, width)
-        self.feed_forward_norm = nn.LayerNorm(width, eps=_EPS)
-        self.inner = nn.Linear(width, width)
-        self.outer = nn.Linear(width, width)
-        self._num_heads = num_heads
-        self._dropout_rate = dropout_rate
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw initial weights (see `SASRec.reset_parameters`)."""
-        for weight in (self.in_weight, self.out.weight, self.inner.weight, self.outer.weight):
-            nn.init.xavier_normal_(weight, generator=generator)
-        for bias in (self.in_bias, self.out.bias):
-            nn.init.zeros_(bias)
-        bound = 1.0 / math.sqrt(self.inner.in_features)
-        for bias in (self.inner.bias, self.outer.bias):
-            nn.init.uniform_(bias, -bound, bound, generator=generator)
-        self.attention_norm.reset_parameters()
-        self.feed_forward_norm.reset_parameters()
+        super().__init__(
+            width, inner_width=width, num_heads=num_heads, dropout_rate=dropout_rate, eps=_EPS
+        )
 
     def forward(self, x: Tensor, layout: GroupedLayout, window: int | None) -> Tensor:
         """Tokens after the block, shape (T, d).
@@ -199,25 +181,8 @@ class SASRecBlock(nn.Module):
         window : int, optional
             Length of the window, to attend to its padded positions.
         """
-        width = x.shape[1]
-        rate = self._dropout_rate if self.training else 0.0
         normed = self.attention_norm(x)
-        # a padded position holds zeros, so its key and value are the biases
-        key, value = self.in_bias[width : 2 * width], self.in_bias[2 * width :]
-        attended = attend(
-            F.linear(normed, self.in_weight[:width], self.in_bias[:width]),
-            F.linear(x, self.in_weight[width:], self.in_bias[width:]),
-            layout,
-            num_heads=self._num_heads,
-            dropout_rate=rate,
-            causal=True,
-            sink=None if window is None else (key, value, window),
-        )
+        attended = self.attention(normed, x, layout, causal=True, window=window)
         x = self.feed_forward_norm(normed + self.out(attended))
-        inner = F.dropout(F.relu(self.inner(x)), rate, self.training)
-        return x + F.dropout(self.outer(inner), rate, self.training)
-
-
-def attention_costs(width: int, num_heads: int) -> Costs:
-    """Nanoseconds on one CPU core, measured; groups chosen by them suit a GPU as well."""
-    return Costs(group=150_000.0, token=2.0 * width, pair=8.0 * num_heads + 0.15 * width)
+        inner = F.dropout(F.relu(self.inner(x)), self.rate, self.training)
+        return x + F.dropout(self.outer(inner), self.rate, self.training)
