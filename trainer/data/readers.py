@@ -269,7 +269,8 @@ def _other_delimiter(line: str, used: str) -> str:
     best = max(counts, key=lambda mark: counts[mark])
     if counts[best] < 2:
         return "; name it with --delimiter"
-    return f"; it looks separated by {_DELIMITER_NAMES[best]}: pass --delimiter"
+    word = {"\t": "tab", "::": "::"}.get(best, f"'{best}'")
+    return f"; it looks separated by {_DELIMITER_NAMES[best]}: pass --delimiter {word}"
 
 
 def _num_fields(pyarrow_columns: int, layout: TextLayout) -> int:

@@ -143,7 +143,11 @@ _MOVIELENS_MEMBERS = "ratings.dat|ratings.csv|u.data"
 
 
 def open_source(
-    name: str, path: str | Path, options: SourceOptions = SourceOptions(), *, selection: Any = None
+    name: str,
+    path: str | Path,
+    options: SourceOptions = SourceOptions(),
+    *,
+    rating_above: float | None = None,
 ) -> Source:
     """A file of a named format as a source of interactions; nothing is read yet.
 
@@ -155,7 +159,7 @@ def open_source(
         File to read.
     options : SourceOptions
         What the user says about the file.
-    selection : float, optional
+    rating_above : float, optional
         Rating threshold that comes with a published dataset; the user's own goes before it.
 
     Raises
@@ -171,7 +175,7 @@ def open_source(
         )
     form, file = FORMATS[name], Path(path)
     columns = _columns(form, options)
-    default = form.rating_above if selection is None else selection
+    default = form.rating_above if rating_above is None else rating_above
     rules = RowRules(
         id_type=options.id_type or form.id_type,
         max_bad_rows=options.max_bad_rows,
