@@ -20,6 +20,16 @@ from db.errors import SrsweepError, StoreError
 BUSY_SECONDS = 30.0
 """How long a transaction waits for other writers of a SQLite file."""
 
+DRIVER_ERRORS: tuple[type[Exception], ...] = (SQLAlchemyError, sqlite3.Error)
+"""What the database and its drivers raise."""
+try:
+    import psycopg
+except ModuleNotFoundError:  # an installation without the extra `postgres`
+    pass
+else:
+    # COPY and named cursors do not pass through SQLAlchemy
+    DRIVER_ERRORS = (*DRIVER_ERRORS, psycopg.Error)
+
 _FORMS = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
 _CREDENTIALS = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 _PASSWORD_WORD = re.compile(r"(password\s*=\s*)('[^']*'|\S+)", re.IGNORECASE)
@@ -110,10 +120,11 @@ def write_engine(url: str | URL, *, busy_seconds: float = BUSY_SECONDS) -> Engin
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
-    return _postgresql_engine(parsed, {})
+    return postgresql_engine(parsed, {})
 
 
-def _postgresql_engine(parsed: URL, arguments: dict[str, Any]) -> Engine:
+def postgresql_engine(parsed: URL, arguments: dict[str, Any]) -> Engine:
+    """Engine over psycopg whose connections close when given back; `arguments` go to libpq."""
     defaults: dict[str, Any] = {
         "connect_timeout": 10,
         "application_name": "srsweep",
@@ -164,7 +175,7 @@ def translated(url: str | URL) -> Iterator[None]:
         yield
     except SrsweepError:
         raise
-    except (SQLAlchemyError, sqlite3.Error) as error:
+    except DRIVER_ERRORS as error:
         raise StoreError(explained(url, error)) from None
 
 

@@ -143,7 +143,7 @@ def claim(
     _set_run(connection, run.id, RunStatus.RUNNING)
     return Claim(
         run_key=run_key,
-        spec=spec_from_values(run._mapping),
+        spec=spec_from_values(dict(run._mapping)),
         replicate=run.replicate,
         run_id=run.id,
         attempt_id=made.id,
@@ -295,8 +295,9 @@ def expire(connection: Connection) -> list[str]:
     """
     overdue = sa.and_(attempts.c.status == AttemptStatus.RUNNING, attempts.c.lease_until < utc_in())
     if connection.dialect.name == "postgresql":
-        started = sa.literal_column("extract(epoch FROM clock_timestamp() - "
-                                    "pg_postmaster_start_time())")  # fmt: skip
+        started: sa.ColumnElement[float] = sa.literal_column(
+            "extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())"
+        )
         overdue = sa.and_(overdue, attempts.c.lease_seconds < started)
     found = connection.execute(
         sa.select(runs.c.id, runs.c.run_key)

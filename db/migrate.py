@@ -2,6 +2,7 @@
 
 import time
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -9,6 +10,9 @@ from sqlalchemy.engine import Connection, Engine
 from db.connect import shown
 from db.errors import SchemaVersionError, StoreError
 from db.schema import SCHEMA_VERSION, metadata
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 _ADVISORY_LOCK = 5_072_655_973_018_837
 _VERSION_TABLE = "alembic_version"
@@ -25,7 +29,7 @@ def version_of(connection: Connection) -> str | None:
     names = set(sa.inspect(connection).get_table_names())
     if _VERSION_TABLE in names and "run_summary" in names:
         query = sa.text(f"SELECT version_num FROM {_VERSION_TABLE}")
-        return connection.execute(query).scalar_one()
+        return str(connection.execute(query).scalar_one())
     if names & {_VERSION_TABLE, *metadata.tables} or (
         names and connection.dialect.name == "sqlite"
     ):
@@ -94,7 +98,7 @@ def run_migrations(connection: Connection, revision: str = "head") -> None:
     command.upgrade(config, revision)
 
 
-def _config() -> "Config":  # noqa: F821
+def _config() -> "Config":
     from alembic.config import Config
 
     config = Config()

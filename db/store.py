@@ -519,7 +519,7 @@ def _put_sweep_row(connection: Connection, name: str, grid_text: str) -> int:
     connection.execute(
         sweeps.update().where(sweeps.c.name == name).values(grid=grid_text, launched_at=utc_in())
     )
-    return connection.scalars(sa.select(sweeps.c.id).where(sweeps.c.name == name)).one()
+    return int(connection.scalars(sa.select(sweeps.c.id).where(sweeps.c.name == name)).one())
 
 
 def _link(connection: Connection, sweep_id: int, keys: list[str]) -> None:
@@ -604,7 +604,7 @@ def _stored_run(row: sa.Row[Any]) -> StoredRun:
     last = row.last_attempt_status
     return StoredRun(
         key=row.run_key,
-        spec=spec_from_values(row._mapping),
+        spec=spec_from_values(dict(row._mapping)),
         replicate=row.replicate,
         status=RunStatus(row.status),
         reason=row.reason,

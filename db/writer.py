@@ -6,7 +6,6 @@ locked or full the rows go to a spool on local disk and are written when it is b
 """
 
 import logging
-import sqlite3
 import threading
 import time
 import types
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 
 from db import leases
-from db.connect import explained, write_engine
+from db.connect import DRIVER_ERRORS, explained, write_engine
 from db.errors import LostLeaseError, StoreError
 from db.leases import Claim
 from db.measures import EvaluationRecord, HistogramRecord, RunResult, StepRecord
@@ -36,14 +35,7 @@ IDLE_SECONDS = 10.0
 """After so long without rows the connection is given back."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0
 
-DATABASE_ERRORS = (SQLAlchemyError, sqlite3.Error, OSError)
-try:
-    import psycopg
-except ModuleNotFoundError:
-    pass
-else:
-    # raised as they are by COPY, which does not pass through SQLAlchemy
-    DATABASE_ERRORS = (*DATABASE_ERRORS, psycopg.Error)
+DATABASE_ERRORS: tuple[type[Exception], ...] = (*DRIVER_ERRORS, OSError)
 
 
 class RunWriter:
