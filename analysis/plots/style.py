@@ -31,6 +31,7 @@ FAMILY_LABELS = {
 """Losses as the paper writes them."""
 
 _LOOK = {
+    "axes.axisbelow": True,
     "axes.edgecolor": "#444444",
     "axes.grid": True,
     "axes.labelsize": 8,
