@@ -106,9 +106,7 @@ class RunSpec:
     gbce_t: float = 0.75
     """Calibration of gBCE between 0 (BCE) and 1 (fully calibrated); only with loss gbce."""
     sce_alpha: float = 2.0
-    """SCE: targets held by all buckets over targets, as a square root; only with loss sce.
-
-    There are `alpha * sqrt(beta * N)` buckets of `alpha * sqrt(N / beta)` of the N targets."""
+    """SCE: alpha * sqrt(beta * N) buckets of alpha * sqrt(N / beta) of N targets; loss sce only."""
     sce_beta: float = 1.0
     """SCE: number of buckets over targets per bucket; only with loss sce."""
     sce_bucket_size_x: int | None = None
