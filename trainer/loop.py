@@ -17,7 +17,7 @@ from db.measures import Recorder, RunResult, StepRecord
 from db.spec import RunSpec, RunStatus
 from trainer.data.batches import PackedBatch, PackedSequences, TrainingBatches, item_tensor
 from trainer.evaluation import Evaluator, metric_frame
-from trainer.losses import make_loss
+from trainer.losses import cross_entropy, make_loss
 from trainer.models.build import build_model
 from trainer.outcome import Progress
 from trainer.probe import MemoryProbe, release_memory, synchronise
@@ -27,6 +27,7 @@ from trainer.seeds import derive
 if TYPE_CHECKING:
     from trainer.data.dataset import Dataset
 
+_WARM_UP_SIZE = 512
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -93,6 +94,7 @@ def train(
     check_device(spec, where)
     cuda_devices = [where] if where.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda_devices):
+        warm_up(where)
         probe = MemoryProbe(where)
         run = _Run(spec, recorder, where, options or TrainOptions(), probe)
         try:
@@ -338,6 +340,25 @@ class _Run:
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype)
+
+
+def warm_up(device: torch.device) -> None:
+    """Run a toy step, so that libraries load now and take now what they keep for good.
+
+    The first optimizer and the first matrix products of a process take tens of megabytes and
+    over a second, which are no part of the run that happens to come first.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    size = _WARM_UP_SIZE
+    weight = torch.randn(size, size, generator=generator, device=device).requires_grad_()
+    optimizer = torch.optim.Adam([weight], fused=True)
+    hidden = torch.nn.functional.layer_norm(weight @ weight, (size,))
+    heads = hidden.view(1, 8, size, -1)
+    attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    targets = torch.zeros(size, dtype=torch.int64, device=device)
+    torch.autograd.backward(cross_entropy(attended.reshape(size, -1), weight, targets))
+    torch.nn.utils.get_total_norm([weight.grad]).item()  # type: ignore[list-item]
+    optimizer.step()
 
 
 def training_batches(spec: RunSpec, items: Tensor, dataset: "Dataset") -> TrainingBatches:

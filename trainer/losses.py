@@ -5,7 +5,7 @@ T targets, V items of the catalog, d the width of hidden states, N negatives per
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,9 @@ def cross_entropy(
 ) -> Tensor:
     """Softmax cross-entropy over the whole catalog with all T x V logits in memory.
 
-    The baseline that other losses are compared with; nothing but valid targets is computed.
+    The baseline that other losses are compared with: nothing but valid targets is computed, and
+    the logits are held once, in the precision of the matrix products. Their gradient takes their
+    place, where autograd over `torch.nn.functional.cross_entropy` would hold three such matrices.
 
     Parameters
     ----------
@@ -45,14 +47,21 @@ def cross_entropy(
 
     Returns
     -------
-    Tensor, shape ()
-        Mean over targets.
+    Tensor, shape (), float32
+        Mean over targets; its backward can run once.
     """
-    logits = F.linear(hidden, weight, bias)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if target_weight is None:
-        return F.cross_entropy(logits, targets)
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return (losses * target_weight).sum() / target_weight.sum()
+        share = torch.full((len(targets),), 1.0 / len(targets), device=hidden.device)
+    else:
+        share = target_weight.float() / target_weight.sum()
+    with torch.autocast(kind, enabled=False):
+        loss: Tensor = _MaterialisedCrossEntropy.apply(hidden, weight, bias, targets, share)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def sampled_cross_entropy(
@@ -203,3 +212,49 @@ def _scores(hidden: Tensor, weight: Tensor, items: Tensor, bias: Tensor | None) 
     """Scores of each row's own items, shape (T, N)."""
     scores = torch.bmm(F.embedding(items, weight), hidden[:, :, None]).squeeze(2)
     return scores if bias is None else scores + F.embedding(items, bias[:, None]).squeeze(2)
+
+
+_CELLS_CPU = 2**18
+_CELLS_CUDA = 2**27
+"""Logits that the softmax looks at together: what fits the cache, or enough to fill a GPU."""
+
+
+class _MaterialisedCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross-entropies over one buffer: logits first, then their gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, share):  # type: ignore[no-untyped-def]
+        logits = F.linear(hidden, weight, bias)
+        normaliser = torch.empty(len(logits), device=logits.device)
+        for rows in _row_blocks(logits):
+            torch.logsumexp(logits[rows].float(), dim=1, out=normaliser[rows])
+        chosen = logits.gather(1, targets[:, None]).squeeze(1).float()
+        ctx.save_for_backward(hidden, weight, targets, share, normaliser)
+        ctx.logits, ctx.has_bias = logits, bias is not None
+        return torch.dot(normaliser - chosen, share)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        hidden, weight, targets, share, normaliser = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        scale = share * grad
+        for rows in _row_blocks(logits):
+            # in place for fp32, by way of an fp32 block otherwise
+            block = logits[rows].float()
+            block.sub_(normaliser[rows, None]).exp_()
+            block.scatter_add_(
+                1, targets[rows, None], block.new_full((), -1.0).expand(len(block), 1)
+            )
+            block.mul_(scale[rows, None])
+            if logits.dtype != block.dtype:
+                logits[rows] = block
+        bias_grad = logits.sum(dim=0) if ctx.has_bias else None
+        return logits @ weight, logits.T @ hidden, bias_grad, None, None
+
+
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    cells = _CELLS_CUDA if logits.device.type == "cuda" else _CELLS_CPU
+    rows = max(cells // logits.shape[1], 1)
+    for begin in range(0, len(logits), rows):
+        yield slice(begin, begin + rows)

@@ -2,7 +2,8 @@
 
 On CUDA the figures are torch's own: bytes allocated, reserved and their peak. On a CPU they are
 resident anonymous bytes above what the process held before the model was built: the interpreter,
-the libraries, mapped datasets and whatever an earlier run left behind are not counted.
+the libraries, mapped datasets and whatever an earlier run left behind are not counted. They hold
+parameters, optimizer, activations, batches and the work space of the math libraries.
 """
 
 import ctypes
@@ -20,7 +21,8 @@ from db.measures import MemorySource
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _FIELD = re.compile(rb"(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB")
-_WARM_UP_SIZE = 512
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE_BLOCK = 2**20
 _SAMPLING_SECONDS = 0.001
 
 
@@ -50,8 +52,7 @@ class MemoryProbe:
         self.source = "cuda_allocated" if device.type == "cuda" else "resident"
         release_memory(device)
         if device.type != "cuda":
-            _warm_up_libraries()
-            release_memory(device)
+            _return_large_blocks_when_freed()
             self._resident = _Resident()
             self._baseline = self._resident.read()[0]
         self.reset_peak()
@@ -137,8 +138,19 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif _malloc_trim is not None:
-        _malloc_trim(0)
+    elif _libc is not None:
+        _libc.malloc_trim(0)
+
+
+def _return_large_blocks_when_freed() -> None:
+    """Keep freed tensors out of the heap, where resident bytes would outlive their use.
+
+    glibc raises its threshold with every large block that is freed, up to 32 MiB, and the heap
+    then fragments: resident peaks of equal runs differ by tens of percent. A fixed threshold
+    makes them repeat within a few percent; mapping anew costs some time in every step.
+    """
+    if _libc is not None:
+        _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def synchronise(device: torch.device) -> None:
@@ -159,18 +171,12 @@ def _reset_high_water_mark() -> bool:
     return True
 
 
-def _warm_up_libraries() -> None:
-    """Let the math libraries allocate the work space that they keep for good."""
-    x = torch.randn(_WARM_UP_SIZE, _WARM_UP_SIZE, generator=torch.Generator().manual_seed(0))
-    x.requires_grad_()
-    torch.autograd.backward((x @ x).softmax(dim=-1).sum())
-
-
-def _load_malloc_trim() -> "ctypes._NamedFuncPointer | None":
+def _load_libc() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
         return None
+    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None
 
 
-_malloc_trim = _load_malloc_trim()
+_libc = _load_libc()
