@@ -1,0 +1,437 @@
+"""The planner of a sweep: the database says what is left, Ray Tune carries it out, repeat.
+
+It keeps no state of its own. Killed at any moment and started again by the same line, it finds in
+the database what is final, what is lost and what was never tried; a second one beside it shares
+the work.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from db.connect import parse_url, sqlite_path
+from db.errors import DataError, LaunchError, StoreError
+from db.planning import SweepView, end_attempts
+from db.spec import AttemptStatus, RunSpec, RunStatus
+from db.store import DatasetRecord, PlannedRun, RunStore
+from sweeper.device import num_local_cpus, num_local_gpus, process_is_alive, process_space
+from sweeper.feasibility import CatalogSize, check_negatives, check_resources, dominated
+from sweeper.grid import Grid, Resources
+from sweeper.interrupt import Interruption, interruptible
+from sweeper.monitor import Monitor
+from sweeper.plan import (
+    History,
+    RetryLimits,
+    Slot,
+    Task,
+    predicted_cost,
+    reason_to_give_up,
+    summarise,
+)
+from sweeper.progress import Display, RateClock, Snapshot, describe
+from sweeper.session import Session, ray_session
+from sweeper.worker import WorkerSettings
+
+_ROUND_SIZE = 2000
+"""Runs handed to Ray Tune at once; it slows down beyond a few thousand trials."""
+_IDLE_ROUNDS = 3
+"""Rounds in which no run could even be claimed before the launch gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """How a grid is carried out; nothing here changes a result."""
+
+    database: str = dataclasses.field(repr=False)
+    data_dir: Path
+    """Folder of prepared datasets."""
+    address: str | None = None
+    """Ray cluster; None starts a local Ray."""
+    resources: Resources | None = None
+    """In place of the grid's own."""
+    cpus: float | None = None
+    """CPU cores that a local Ray may use; None is all."""
+    gpus: float | None = None
+    """GPUs that a local Ray may use; None is all."""
+    max_concurrent: int | None = None
+    """Most runs at a time."""
+    retries: RetryLimits = dataclasses.field(default_factory=RetryLimits)
+    retry_failed: bool = False
+    """Try failed runs again."""
+    prune: bool = True
+    """Skip runs that need at least the memory of one that did not fit."""
+    lease_seconds: float = 60.0
+    """A worker that has not been heard of for so long is lost."""
+    poll_seconds: float = 2.0
+    spool_dir: Path | None = None
+    """Where rows wait while the database is away; None is beside it or in the user's state."""
+    step_rows_every: int = 1
+    trainer: str = "trainer.loop:train"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended."""
+
+    snapshot: Snapshot
+    interrupted_by: int | None = None
+    """Signal that ended it."""
+    drained: bool = False
+    """Whether `srsweep stop` ended it."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every run is final and none failed, 128 + signal when interrupted, else 1."""
+        if self.interrupted_by is not None:
+            return 128 + self.interrupted_by
+        unfinished = self.snapshot.final < self.snapshot.total
+        return int(unfinished or bool(self.snapshot.counts.get(RunStatus.FAILED, 0)))
+
+
+def launch(grid: Grid, options: LaunchOptions, display: Display) -> Outcome:
+    """Run every point of a grid that is not final yet.
+
+    Parameters
+    ----------
+    grid : Grid
+        What to run.
+    options : LaunchOptions
+        How.
+    display : Display
+        Where progress goes.
+
+    Returns
+    -------
+    Outcome
+        The state of the sweep at the end.
+
+    Raises
+    ------
+    SrsweepError
+        Something that must be mended first; nothing was started.
+    """
+    if options.address is not None and sqlite_path(options.database) is not None:
+        raise LaunchError(
+            "a sweep over several hosts needs PostgreSQL: SQLite is a file on one of them; "
+            "give --db postgresql://..., or leave out --address"
+        )
+    with interruptible():
+        if options.address is not None:
+            with ray_session(options.address) as session:
+                cpus, gpus = session.largest_node
+                sweep = _Sweep(grid, options, cpus, gpus, display, "the cluster's largest node")
+                return sweep.carry_out(session)
+        cpus, gpus = _local_size(options, options.resources or grid.resources)
+        sweep = _Sweep(grid, options, cpus, gpus, display, "this machine")
+        if not sweep.unfinished():
+            return sweep.outcome()
+        try:
+            with ray_session(None, cpus=cpus, gpus=gpus) as session:
+                return sweep.carry_out(session)
+        except Interruption as interruption:
+            return sweep.interrupted(interruption)
+
+
+def _local_size(options: LaunchOptions, resources: Resources) -> tuple[float, float]:
+    """CPU cores and GPUs of a local Ray."""
+    cpus = options.cpus or float(num_local_cpus())
+    if options.gpus is not None:
+        return cpus, options.gpus
+    return cpus, 0.0 if resources.gpus == 0 else float(num_local_gpus())
+
+
+def open_datasets(points: Sequence[RunSpec], data_dir: Path) -> dict[str, Any]:
+    """Open the prepared dataset of every point by name.
+
+    Raises
+    ------
+    DataError
+        One is not there; the text says what to type.
+    """
+    from trainer.data.dataset import load_dataset
+
+    found = {}
+    for name in dict.fromkeys(spec.dataset for spec in points):
+        folder = data_dir / name
+        if not folder.is_dir():
+            raise DataError(
+                f"dataset {name!r} is not prepared: there is no folder {folder}; make it with "
+                f"'srsweep prepare --source ... --out {folder}' (or 'srsweep generate --out "
+                f"{folder}'), or give --data-dir"
+            )
+        found[name] = load_dataset(folder)
+    return found
+
+
+def default_spool_dir(database: str) -> Path:
+    """Folder for rows that cannot be written: beside a SQLite file, else in the user's state.
+
+    Each database has its own, so that rows never reach another one.
+    """
+    path = sqlite_path(database)
+    if path is not None:
+        return path.resolve().with_name(path.name + ".spool")
+    url = parse_url(database)
+    place = f"{url.host}:{url.port or 5432}/{url.database}"
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state / "srsweep" / "spool" / hashlib.sha256(place.encode()).hexdigest()[:12]
+
+
+class _Sweep:
+    """One launch of a sweep: everything that it looks up, and nothing that it must remember."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        options: LaunchOptions,
+        cpus: float,
+        gpus: float,
+        display: Display,
+        place: str,
+    ) -> None:
+        self._grid, self._options, self._display = grid, options, display
+        asked = options.resources or grid.resources
+        self._resources = dataclasses.replace(
+            asked, gpus=float(gpus > 0) if asked.gpus is None else asked.gpus
+        )
+        self._cpus_of_node = cpus
+        datasets = open_datasets(grid.points, options.data_dir)
+        check_negatives(grid.points, {n: CatalogSize(n, d.num_items) for n, d in datasets.items()})
+        check_resources(self._resources, cpus=cpus, gpus=gpus, where=place)
+        device_type = "cuda" if self._resources.gpus else "cpu"
+        self._planned = _planned(grid.points, datasets, device_type)
+        self._costs = {
+            key: predicted_cost(run.spec, datasets[run.spec.dataset].num_items)
+            for key, run in self._planned.items()
+        }
+        self._clock = RateClock(self._costs)
+        self._varying = _varying_fields(grid.points)
+        self._lock = threading.Lock()
+        self._left: set[str] = set()
+        self._drain = False
+        self._store = RunStore.open(options.database)
+        self._view = SweepView(options.database, grid.name)
+        self._record(datasets)
+        self._settings = self._worker_settings(datasets)
+
+    def _worker_settings(self, datasets: Mapping[str, Any]) -> WorkerSettings:
+        options = self._options
+        spool_dir = options.spool_dir or default_spool_dir(options.database)
+        return WorkerSettings(
+            database=_absolute(options.database),
+            sweep=self._grid.name,
+            datasets={n: (str(d.path.resolve()), d.fingerprint) for n, d in datasets.items()},
+            launch_id=secrets.token_hex(8),
+            spool_dir=str(spool_dir.resolve()),
+            last_event=self._view.last_event(),
+            lease_seconds=options.lease_seconds,
+            time_limit_seconds=self._resources.time_limit_seconds,
+            step_rows_every=options.step_rows_every,
+            trainer=options.trainer,
+        )
+
+    def _record(self, datasets: Mapping[str, Any]) -> None:
+        for dataset in datasets.values():
+            self._store.put_dataset(dataset_record(dataset))
+        self._store.put_sweep(self._grid.name, self._grid.text, list(self._planned.values()))
+        if self._options.retry_failed:
+            for run in self._store.sweep_runs(self._grid.name, [RunStatus.FAILED]):
+                if run.key in self._planned:
+                    self._store.reset(run.key)
+
+    def unfinished(self) -> bool:
+        """Whether any run is not final."""
+        statuses = self._statuses()
+        return any(not status.is_final for status in statuses.values())
+
+    def outcome(self, **how: Any) -> Outcome:
+        """State of the sweep now."""
+        return Outcome(self._snapshot(), **how)
+
+    def carry_out(self, session: Session) -> Outcome:
+        """Plan and run rounds until nothing is pending and nothing lives."""
+        try:
+            with Monitor(self._look_after, self._options.poll_seconds, self._display.note):
+                self._rounds(session)
+        except Interruption as interruption:
+            return self.interrupted(interruption)
+        return self.outcome(drained=self._drain)
+
+    def interrupted(self, interruption: Interruption) -> Outcome:
+        """Give the runs of this launch free at once and say how to go on."""
+        self._display.note(f"stopping on {interruption}; the same line resumes the sweep")
+        own = [
+            attempt.attempt_id
+            for attempt in self._view.running_attempts()
+            if attempt.versions.get("launch") == self._settings.launch_id
+        ]
+        end_attempts(self._options.database, own, AttemptStatus.CANCELLED, f"{interruption}")
+        return self.outcome(interrupted_by=interruption.number)
+
+    def _rounds(self, session: Session) -> None:
+        from sweeper.tuning import run_tasks
+
+        idle = 0
+        while True:
+            self._free_orphans()
+            tasks = [] if self._drain else self._plan()
+            if not tasks:
+                if self._drain or not self._running():
+                    return
+                time.sleep(self._options.poll_seconds)
+                continue
+            before = self._num_attempts()
+            try:
+                errors = run_tasks(
+                    tasks[:_ROUND_SIZE],
+                    self._settings,
+                    session.folder,
+                    self._take,
+                    max_concurrent=self._options.max_concurrent,
+                )
+            except Exception as error:
+                errors = [f"{type(error).__name__}: {error}"]
+                self._display.note(f"Ray Tune ended its round early: {' '.join(errors[0].split())}")
+            idle = 0 if self._num_attempts() > before else idle + 1
+            if errors and idle >= _IDLE_ROUNDS:
+                raise LaunchError(f"no worker can start a run: {errors[0]}")
+
+    def _plan(self) -> list[Task]:
+        """Pending runs to try now, the longest first; those beyond their retries are closed."""
+        failures = summarise(self._view.failures(self._settings.launch_id))
+        tasks = []
+        for key, status in self._statuses().items():
+            if status is not RunStatus.PENDING:
+                continue
+            history = failures.get(key, History())
+            reason = reason_to_give_up(history, self._options.retries)
+            if reason is not None:
+                self._close(key, reason)
+            else:
+                tasks.append(Task(key, self._slot(whole=history.shared_out_of_memory > 0)))
+        tasks.sort(key=lambda task: -self._costs[task.key])
+        with self._lock:
+            self._left = {task.key for task in tasks}
+        return tasks
+
+    def _close(self, key: str, reason: str) -> None:
+        with contextlib.suppress(StoreError):  # another launch may have been faster
+            self._store.give_up(key, RunStatus.FAILED, reason)
+        self._display.finished(self._name(key), {"outcome": "failed", "error": reason})
+
+    def _slot(self, *, whole: bool) -> Slot:
+        cpus, gpus = self._resources.cpus, self._resources.gpus or 0.0
+        if whole:
+            return Slot(cpus if gpus else self._cpus_of_node, float(gpus > 0), whole=True)
+        return Slot(cpus, gpus, whole=gpus >= 1 or (not gpus and cpus >= self._cpus_of_node))
+
+    def _free_orphans(self) -> None:
+        """End attempts whose worker is gone, after their last rows were brought in."""
+        self._store.replay_spools(self._settings.spool_dir)
+        here = process_space()
+        dead = [
+            attempt.attempt_id
+            for attempt in self._view.running_attempts()
+            if attempt.versions.get("process_space") == here
+            and attempt.pid is not None
+            and not process_is_alive(attempt.pid)
+        ]
+        end_attempts(self._options.database, dead, AttemptStatus.LOST, "its process is gone")
+        self._store.expire_leases()
+
+    def _look_after(self) -> None:
+        """Called every few seconds beside Ray Tune."""
+        self._store.expire_leases()
+        if not self._drain and self._view.stop_requested(self._settings.last_event):
+            self._drain = True
+            self._display.note("asked to stop: running runs finish, no more are started")
+        if self._options.prune:
+            self._prune()
+        self._display.update(self._snapshot())
+
+    def _prune(self) -> None:
+        by_status: dict[RunStatus, list[tuple[str, RunSpec]]] = {}
+        for key, status in self._statuses().items():
+            by_status.setdefault(status, []).append((key, self._planned[key].spec))
+        proofs = by_status.get(RunStatus.OUT_OF_MEMORY, [])
+        for key, proof in dominated(by_status.get(RunStatus.PENDING, []), proofs).items():
+            reason = f"needs at least the memory of {self._name(proof)}, which did not fit"
+            with contextlib.suppress(StoreError):  # a worker may have claimed it meanwhile
+                self._store.give_up(key, RunStatus.SKIPPED, reason, proven_by=proof)
+                self._display.finished(self._name(key), {"outcome": "skipped", "error": reason})
+
+    def _take(self, result: dict[str, Any]) -> None:
+        key, outcome = str(result.get("key")), result.get("outcome")
+        self._clock.finished(key)
+        with self._lock:
+            self._left.discard(key)
+        if outcome not in ("elsewhere", None):
+            self._display.finished(self._name(key), result)
+
+    def _statuses(self) -> dict[str, RunStatus]:
+        """Status of each point of this grid; the sweep may hold others from earlier grids."""
+        statuses = self._view.statuses()
+        return {key: statuses[key] for key in self._planned}
+
+    def _running(self) -> bool:
+        return RunStatus.RUNNING in self._statuses().values()
+
+    def _snapshot(self) -> Snapshot:
+        counts = Counter(status.value for status in self._statuses().values())
+        with self._lock:
+            remaining = self._clock.remaining_seconds(self._left)
+        return Snapshot(counts, self._view.best("ndcg_at_10"), remaining)
+
+    def _num_attempts(self) -> int:
+        return self._view.num_attempts(self._settings.launch_id)
+
+    def _name(self, key: str) -> str:
+        return describe(self._planned[key].spec, self._varying)
+
+
+def dataset_record(dataset: Any) -> DatasetRecord:
+    """Row of `datasets` for a prepared dataset."""
+    counts = dataset.meta["counts"]
+    return DatasetRecord(
+        name=dataset.name,
+        fingerprint=dataset.fingerprint,
+        num_users=dataset.num_users,
+        num_items=dataset.num_items,
+        num_items_filtered=counts.get("num_items_filtered"),
+        num_interactions=counts.get("num_rows"),
+        details=dataset.meta,
+    )
+
+
+def _planned(
+    points: Sequence[RunSpec], datasets: Mapping[str, Any], device_type: str
+) -> dict[str, PlannedRun]:
+    runs = (
+        PlannedRun(
+            spec=point.resolved(device_type), fingerprint=datasets[point.dataset].fingerprint
+        )
+        for point in points
+    )
+    return {run.key: run for run in runs}
+
+
+def _varying_fields(points: Sequence[RunSpec]) -> tuple[str, ...]:
+    """Fields that differ between points, the loss first."""
+    first = points[0].to_dict()
+    names = [n for n in first if any(getattr(p, n) != first[n] for p in points)]
+    return tuple(sorted(names, key=lambda name: name != "loss"))
+
+
+def _absolute(database: str) -> str:
+    """The URL as a worker in any folder understands it."""
+    path = sqlite_path(database)
+    return database if path is None else f"sqlite:///{path.resolve()}"

@@ -1,0 +1,182 @@
+"""One run in a worker process: claim it, train, write every row, say how it ended.
+
+Knows no Ray. The database decides who may run what; a worker that lost its claim stops by itself.
+"""
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from db.errors import DataError, LostLeaseError
+from db.measures import EvaluationRecord, HistogramRecord, RunResult, StepRecord
+from db.planning import SweepView
+from db.spec import RunStatus
+from db.store import Claim, RunStore, WorkerInfo
+from db.writer import RunWriter
+from sweeper.device import (
+    device_class,
+    git_commit,
+    host_name,
+    package_versions,
+    process_space,
+)
+from sweeper.plan import SHARED_OUT_OF_MEMORY, TIME_LIMIT, Slot
+
+
+class TimeLimitExceeded(Exception):
+    """A run took longer than the limit of its sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What every worker of a launch needs to know; never stored, it holds the database URL."""
+
+    database: str = field(repr=False)
+    sweep: str
+    datasets: dict[str, tuple[str, str]]
+    """Folder and fingerprint of each dataset by name."""
+    launch_id: str
+    """Tells the attempts of one launch from those of others."""
+    spool_dir: str
+    last_event: int = 0
+    """Requests to stop count when they are newer than this event."""
+    lease_seconds: float = 60.0
+    time_limit_seconds: float | None = None
+    step_rows_every: int = 1
+    trainer: str = "trainer.loop:train"
+    """`module:function` with the signature of `trainer.loop.train`."""
+
+
+def execute(key: str, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
+    """Claim a run, train it and write how it ended.
+
+    Parameters
+    ----------
+    key : str
+        Key of the run.
+    settings : WorkerSettings
+        Where things are.
+    slot : Slot
+        What this worker may use.
+
+    Returns
+    -------
+    dict
+        `outcome` (a run status, or `elsewhere`, `lost`, `error`) and figures for the display.
+    """
+    began = time.monotonic()
+    _limit_threads(slot)
+    store = _open_store(settings.database)
+    if SweepView(settings.database, settings.sweep).stop_requested(settings.last_event):
+        return {"key": key, "outcome": "elsewhere"}
+    claim = store.claim(key, describe_worker(settings, slot), lease_seconds=settings.lease_seconds)
+    if claim is None:
+        return {"key": key, "outcome": "elsewhere"}
+    try:
+        with store.writer(claim, spool_dir=Path(settings.spool_dir)) as writer:
+            outcome = _train(claim, writer, settings, slot)
+    except LostLeaseError:
+        outcome = {"outcome": "lost"}
+    return {"key": key, **outcome, "seconds": time.monotonic() - began}
+
+
+def describe_worker(settings: WorkerSettings, slot: Slot) -> WorkerInfo:
+    """Describe this process for the attempt's row."""
+    name, memory = device_class(slot.device)
+    return WorkerInfo(
+        host=host_name(),
+        pid=os.getpid(),
+        device_class=name,
+        device_memory_bytes=memory,
+        timing=slot.timing,
+        versions=package_versions()
+        | {"launch": settings.launch_id, "process_space": process_space()},
+        git_commit=git_commit(),
+    )
+
+
+def _train(claim: Claim, writer: RunWriter, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
+    try:
+        dataset = _open_dataset(claim.spec.dataset, settings)
+        recorder = _Watched(writer, settings.time_limit_seconds)
+        result = _load_trainer(settings.trainer)(claim.spec, dataset, recorder, slot.device)
+    except LostLeaseError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(LostLeaseError):
+            writer.cancel()
+        raise
+    except Exception as error:
+        name = TIME_LIMIT if isinstance(error, TimeLimitExceeded) else type(error).__name__
+        text = " ".join(str(error).split())[:2000]
+        writer.fail(name, text)
+        return {"outcome": "error", "error": f"{name}: {text}"}
+    if result.status is RunStatus.OUT_OF_MEMORY and not slot.whole:
+        writer.fail(SHARED_OUT_OF_MEMORY, result.error or "out of memory")
+        return {"outcome": "error", "error": "out of memory on a shared device"}
+    writer.finish(result)
+    return {"outcome": result.status.value, "ndcg_at_10": result.test.get("ndcg_at_10")}
+
+
+class _Watched:
+    """A recorder that ends a run which takes too long."""
+
+    def __init__(self, writer: RunWriter, limit_seconds: float | None) -> None:
+        self._writer = writer
+        self._limit = limit_seconds
+        self._began = time.monotonic()
+
+    def step(self, record: StepRecord) -> None:
+        self._writer.step(record)
+        if self._limit is not None and time.monotonic() - self._began > self._limit:
+            raise TimeLimitExceeded(
+                f"stopped after step {record.step}: the run took longer than "
+                f"time_limit_seconds={self._limit:g}"
+            )
+
+    def evaluation(self, records: Sequence[EvaluationRecord]) -> None:
+        self._writer.evaluation(records)
+
+    def histogram(self, record: HistogramRecord) -> None:
+        self._writer.histogram(record)
+
+
+_stores: dict[str, RunStore] = {}
+
+
+def _open_store(url: str) -> RunStore:
+    """Store of this process; a reused worker keeps its connection pool."""
+    if url not in _stores:
+        _stores[url] = RunStore.open(url)
+    return _stores[url]
+
+
+def _open_dataset(name: str, settings: WorkerSettings) -> Any:
+    from trainer.data.dataset import load_dataset
+
+    path, fingerprint = settings.datasets[name]
+    dataset = load_dataset(path)
+    if dataset.fingerprint != fingerprint:
+        raise DataError(
+            f"dataset {name!r} at {path} on {host_name()} has fingerprint "
+            f"{dataset.fingerprint[:12]}, the sweep was planned for {fingerprint[:12]}; "
+            "copy the same prepared folder to every node"
+        )
+    return dataset
+
+
+def _load_trainer(name: str) -> Callable[..., RunResult]:
+    module, _, function = name.partition(":")
+    found: Callable[..., RunResult] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _limit_threads(slot: Slot) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, int(slot.cpus)))
