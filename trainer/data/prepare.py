@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from db.errors import DataError
 from trainer.data.checks import settle_ids
@@ -51,6 +53,7 @@ def prepare(
     name: str | None = None,
     filters: FilterOptions = FilterOptions(),
     split: SplitOptions = SplitOptions(),
+    validation_users: Sequence[int | str] | None = None,
     memory_rows: int = DEFAULT_MEMORY_ROWS,
     overwrite: bool = False,
 ) -> Dataset:
@@ -70,6 +73,8 @@ def prepare(
         Which users and items take part.
     split : SplitOptions
         Which events train, validate and test.
+    validation_users : sequence of int or str, optional
+        Ids of the users to validate on, instead of a draw (global_temporal).
     memory_rows : int
         Rows held in memory at once; changes the memory that is needed, never the result.
     overwrite : bool
@@ -96,7 +101,7 @@ def prepare(
     work = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         work.mkdir(parents=True)
-        meta = _prepare_into(work, source, filters, split, memory_rows)
+        meta = _prepare_into(work, source, filters, split, validation_users, memory_rows)
         meta = {"format_version": FORMAT_VERSION, "name": name or target.resolve().name, **meta}
         (work / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         _replace_folder(work, target)
@@ -110,7 +115,12 @@ def prepare(
 
 
 def _prepare_into(
-    folder: Path, source: Source, filters: FilterOptions, options: SplitOptions, memory_rows: int
+    folder: Path,
+    source: Source,
+    filters: FilterOptions,
+    options: SplitOptions,
+    validation_users: Sequence[int | str] | None,
+    memory_rows: int,
 ) -> dict[str, Any]:
     users, items = IdEncoder(), IdEncoder()
     raw = InteractionLog(folder / "raw", memory_rows)
@@ -134,8 +144,11 @@ def _prepare_into(
         "filtered_users": int((user_rows > 0).sum()),
         "filtered_items": int((item_rows > 0).sum()),
     }
-    cut = split_global_temporal if options.kind == "global_temporal" else split_leave_one_out
-    roles = cut(log, len(users), len(items), options)
+    if options.kind == "global_temporal":
+        chosen = _codes_of(validation_users, user_ids)
+        roles = split_global_temporal(log, len(users), len(items), options, chosen)
+    else:
+        roles = split_leave_one_out(log, len(users), len(items))
     plan = plan_sequences(roles, len(items))
     statistics = write_sequences(log, plan, folder, memory_rows)
     sets = _write_arrays(folder, plan, statistics)
@@ -157,6 +170,17 @@ def _prepare_into(
         "warnings": _warnings(report, user_ids, user_rows, counts),
         "rule_versions": RULE_VERSIONS,
     }
+
+
+def _codes_of(ids: Sequence[int | str] | None, table: Any) -> npt.NDArray[np.int64] | None:
+    if ids is None:
+        return None
+    found = pc.index_in(pa.array(ids, type=table.type), value_set=table)
+    if found.null_count:
+        missing = ids[found.is_null().to_pylist().index(True)]
+        raise DataError(f"validation user {missing!r} is not in the data; name users that are")
+    codes: npt.NDArray[np.int64] = found.to_numpy().astype(np.int64)
+    return codes
 
 
 def _filter(

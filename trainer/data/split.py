@@ -102,7 +102,11 @@ def filter_counts(
 
 
 def split_global_temporal(
-    log: InteractionLog, num_users: int, num_items: int, options: SplitOptions
+    log: InteractionLog,
+    num_users: int,
+    num_items: int,
+    options: SplitOptions,
+    validation_users: Int64Array | None = None,
 ) -> Split:
     """Cut all users at one moment; validate on users set aside; the last event is the target.
 
@@ -114,6 +118,8 @@ def split_global_temporal(
         Codes in the log are below these.
     options : SplitOptions
         Shares and seed.
+    validation_users : ndarray of int64, optional
+        Codes of the users to validate on, instead of a draw.
 
     Raises
     ------
@@ -133,12 +139,14 @@ def split_global_temporal(
             f"no event lies before the cutoff at time {cutoff}: most rows share the earliest "
             "time; check the time column or use --split leave-one-out"
         )
-    stay = np.zeros(len(appearing), dtype=np.bool_)
-    stay[
-        np.random.RandomState(options.validation_seed).choice(
-            len(appearing), round((1 - options.validation_fraction) * len(appearing)), replace=False
-        )
-    ] = True
+    if validation_users is None:
+        stay = np.zeros(len(appearing), dtype=np.bool_)
+        number = round((1 - options.validation_fraction) * len(appearing))
+        # The legacy generator is what `pandas.DataFrame.sample` draws with.
+        random = np.random.RandomState(options.validation_seed)
+        stay[random.choice(len(appearing), number, replace=False)] = True
+    else:
+        stay = ~np.isin(appearing, validation_users)
     is_validation = np.zeros(num_users, dtype=np.bool_)
     is_validation[appearing[~stay]] = True
 
@@ -161,9 +169,7 @@ def split_global_temporal(
     )
 
 
-def split_leave_one_out(
-    log: InteractionLog, num_users: int, num_items: int, options: SplitOptions
-) -> Split:
+def split_leave_one_out(log: InteractionLog, num_users: int, num_items: int) -> Split:
     """Hold out the last event of each user for test and the one before it for validation.
 
     Users with fewer than three rows only train. A held-out item that no training event has leaves
@@ -175,10 +181,7 @@ def split_leave_one_out(
         Rows that passed the filters.
     num_users, num_items : int
         Codes in the log are below these.
-    options : SplitOptions
-        Nothing of it but the kind is used.
     """
-    del options
     counts = _count(log, 0, num_users, _all_rows)
     long = counts >= 3
     last = _last_rows(log, num_users, np.full(num_users, -1, dtype=np.int64))
