@@ -1,7 +1,9 @@
 """Makes the network that a run asks for."""
 
-from db.errors import SpecError
+from typing import Any
+
 from db.spec import RunSpec
+from trainer.models.bert4rec import BERT4Rec
 from trainer.models.network import SequenceModel
 from trainer.models.sasrec import SASRec
 
@@ -14,22 +16,20 @@ def build_model(spec: RunSpec, num_items: int) -> SequenceModel:
     spec : RunSpec
     num_items : int
         Catalog size V.
-
-    Raises
-    ------
-    SpecError
-        An unknown model.
     """
-    if spec.model == "sasrec":
-        return SASRec(
-            num_items,
-            max_seq_len=spec.max_seq_len,
-            embedding_dim=spec.embedding_dim,
-            num_blocks=spec.num_blocks,
-            num_heads=spec.num_heads,
-            dropout_rate=spec.dropout_rate,
-            attend_padding=spec.attend_padding,
-            predict_first_item=spec.predict_first_item,
-            count_padding=spec.count_padding,
-        )
-    raise SpecError(f"model={spec.model!r} is not built yet; use sasrec")
+    shape: dict[str, Any] = {
+        "max_seq_len": spec.max_seq_len,
+        "embedding_dim": spec.embedding_dim,
+        "num_blocks": spec.num_blocks,
+        "num_heads": spec.num_heads,
+        "dropout_rate": spec.dropout_rate,
+    }
+    if spec.model == "bert4rec":
+        return BERT4Rec(num_items, **shape, mask_probability=spec.mask_probability)
+    return SASRec(
+        num_items,
+        **shape,
+        attend_padding=spec.attend_padding,
+        predict_first_item=spec.predict_first_item,
+        count_padding=spec.count_padding,
+    )
