@@ -402,13 +402,32 @@ def _check_combinations(spec: RunSpec) -> None:
 def _conditions(spec: RunSpec) -> list[tuple[str, bool, str]]:
     """Fields that only some losses or models read: name, whether this spec does, what it takes."""
     kernel_sampled = spec.loss in SAMPLED_LOSSES & KERNEL_LOSSES
-    conditions = [
-        (name, kernel_sampled, "loss bce_plus, gbce or cce_minus")
-        for name in ("negative_sampler", "negatives_share", "hits")
+    conditions = [("negatives_share", kernel_sampled, "loss bce_plus, gbce or cce_minus")]
+    conditions += [
+        (
+            name,
+            kernel_sampled and not spec.paper_negatives,
+            "loss bce_plus, gbce or cce_minus without paper_negatives",
+        )
+        for name in ("negative_sampler", "hits")
+    ]
+    # without a correction, dropping a hit and never drawing it differ for own uniform draws only
+    own_uniform = spec.negative_sampler == "uniform" and spec.negatives_share == 1
+    corrected = spec.loss == "cce_minus" and spec.logq_correction
+    conditions += [
+        (
+            "hits",
+            spec.hits != "mask" or own_uniform or corrected,
+            "logq_correction, or uniform negatives with negatives_share=1",
+        )
     ]
     softmax = spec.loss in {"cce", "cce_minus"}
     conditions += [
-        ("logq_correction", spec.loss in {"ce_minus", "cce_minus"}, "loss ce_minus or cce_minus"),
+        (
+            "logq_correction",
+            spec.loss in {"ce_minus", "cce_minus"} and not spec.paper_negatives,
+            "loss ce_minus or cce_minus without paper_negatives",
+        ),
         ("filter_eps", softmax, "loss cce or cce_minus"),
         (
             "filter_mode",

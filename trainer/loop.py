@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from db.measures import Recorder, RunResult, StepRecord
 from db.spec import RunSpec, RunStatus
 from trainer.data.batches import PackedBatch, PackedSequences, TrainingBatches, item_tensor
 from trainer.evaluation import Evaluator, metric_frame
-from trainer.losses import cross_entropy, make_loss
+from trainer.losses import make_loss
 from trainer.models.build import build_model
 from trainer.outcome import Progress
+from trainer.plain_losses import cross_entropy
 from trainer.probe import MemoryProbe, release_memory, synchronise
 from trainer.ranking import DEFAULT_BUDGET
 from trainer.seeds import derive
@@ -187,7 +189,8 @@ class _Run:
     def build(self, dataset: "Dataset") -> None:
         """Set up data, model, loss and optimizer."""
         spec = self._spec
-        self._loss = make_loss(spec, dataset.num_items)
+        counts = torch.from_numpy(np.array(dataset.item_counts)).to(self._device)
+        self._loss = make_loss(spec, dataset.num_items, counts)
         items = item_tensor(dataset.items, self._device)
         self._batches = training_batches(spec, items, dataset)
         self._validation = evaluator(spec, items, dataset, "validation", self._options)

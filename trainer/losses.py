@@ -1,167 +1,55 @@
-"""Training losses over valid targets: plain torch baselines, and those computed by `kernels`.
+"""The loss that a run asks for, with its knobs unpacked and its negatives seeded by the step.
 
-T targets, V items of the catalog, d the width of hidden states, N negatives per target.
+`ce`, `ce_minus` and `bce` are the plain baselines; the others come from `kernels`, which never
+materialises logits. All see valid targets only.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from db.errors import SpecError
 from db.spec import RunSpec
+from kernels.linear_cross_entropy.api import (
+    gbce_power,
+    linear_binary_cross_entropy,
+    linear_cross_entropy,
+)
+from kernels.negatives import Negatives
+from kernels.scalable import scalable_cross_entropy
 from trainer.models.network import Predictions
+from trainer.plain_losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    sampled_cross_entropy,
+    uniform_items,
+    uniform_others,
+)
 from trainer.seeds import derive
 
 LossFunction = Callable[[Predictions, Tensor, Tensor | None, int], Tensor]
 """Mean loss from predictions, item vectors (V, d), item biases (V,) or None, and the step."""
 
 
-def cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    target_weight: Tensor | None = None,
-) -> Tensor:
-    """Softmax cross-entropy over the whole catalog with all T x V logits in memory.
-
-    The baseline that other losses are compared with: nothing but valid targets is computed, and
-    the logits are held once, in the precision of the matrix products. Their gradient takes their
-    place, where autograd over `torch.nn.functional.cross_entropy` would hold three such matrices.
-
-    Parameters
-    ----------
-    hidden : Tensor, shape (T, d)
-    weight : Tensor, shape (V, d)
-        Item vectors.
-    targets : Tensor, shape (T,), int64
-    bias : Tensor, shape (V,), optional
-        Item biases.
-    target_weight : Tensor, shape (T,), optional
-        How many equal targets a row stands for.
-
-    Returns
-    -------
-    Tensor, shape (), float32
-        Mean over targets; its backward can run once.
-    """
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if target_weight is None:
-        share = torch.full((len(targets),), 1.0 / len(targets), device=hidden.device)
-    else:
-        share = target_weight.float() / target_weight.sum()
-    with torch.autocast(kind, enabled=False):
-        loss: Tensor = _MaterialisedCrossEntropy.apply(hidden, weight, bias, targets, share)  # type: ignore[no-untyped-call]
-    return loss
-
-
-def sampled_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    negatives: Tensor,
-    *,
-    bias: Tensor | None = None,
-    correction: bool = True,
-) -> Tensor:
-    """Cross-entropy over the target and its own uniform negatives (CE-), gathered per target.
-
-    A negative that equals the target takes no part. The others stand for the V - 1 items besides
-    the target: each logit is raised by log(V - 1) - log(N - hits). A target whose negatives all
-    hit has loss 0.
-
-    Parameters
-    ----------
-    hidden : Tensor, shape (T, d)
-    weight : Tensor, shape (V, d)
-    targets : Tensor, shape (T,), int64
-    negatives : Tensor, shape (T, N), int64
-        Drawn uniformly from all V items.
-    bias : Tensor, shape (V,), optional
-    correction : bool
-        Whether logits are raised as above.
-
-    Returns
-    -------
-    Tensor, shape ()
-        Mean over targets.
-    """
-    positive = _scores(hidden, weight, targets[:, None], bias)
-    negative = _scores(hidden, weight, negatives, bias)
-    hit = negatives == targets[:, None]
-    if correction:
-        misses = (negatives.shape[1] - hit.sum(dim=1, keepdim=True)).clamp_min(1)
-        negative = negative + (math.log(weight.shape[0] - 1) - misses.log())
-    negative = negative.masked_fill(hit, -math.inf)
-    logits = torch.cat([positive, negative], dim=1)
-    return F.cross_entropy(logits, torch.zeros_like(targets))
-
-
-def binary_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    negatives: Tensor,
-    *,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Binary cross-entropy of the target and its negatives, from logits.
-
-    Parameters
-    ----------
-    hidden : Tensor, shape (T, d)
-    weight : Tensor, shape (V, d)
-    targets : Tensor, shape (T,), int64
-    negatives : Tensor, shape (T, N), int64
-    bias : Tensor, shape (V,), optional
-
-    Returns
-    -------
-    Tensor, shape ()
-        Sum over a target and its negatives, mean over targets.
-    """
-    positive = _scores(hidden, weight, targets[:, None], bias).float()
-    negative = _scores(hidden, weight, negatives, bias).float()
-    total = F.softplus(-positive).sum() + F.softplus(negative).sum()
-    return total / targets.shape[0]
-
-
-def uniform_items(
-    num_rows: int, num: int, num_items: int, seed: int, device: torch.device
-) -> Tensor:
-    """Independent uniform items, shape (num_rows, num), int64."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randint(num_items, (num_rows, num), generator=generator, device=device)
-
-
-def uniform_others(targets: Tensor, num: int, num_items: int, seed: int) -> Tensor:
-    """Independent uniform items besides each target, shape (T, num), int64."""
-    drawn = uniform_items(len(targets), num, num_items - 1, seed, targets.device)
-    return drawn + (drawn >= targets[:, None])
-
-
-def make_loss(spec: RunSpec, num_items: int) -> LossFunction:
-    """Loss of a run, with its knobs unpacked and its negatives seeded by the step.
+def make_loss(spec: RunSpec, num_items: int, item_counts: Tensor | None = None) -> LossFunction:
+    """Loss of a run.
 
     Parameters
     ----------
     spec : RunSpec
     num_items : int
         Catalog size V.
+    item_counts : Tensor, shape (V,), optional
+        Training rows of each item, on the device of training: what the popularity and
+        log-uniform samplers go by.
 
     Raises
     ------
     SpecError
-        More negatives than other items.
+        As many negatives as items, or a sampler without item counts.
     """
     num = spec.num_negatives
     if num is not None and num >= num_items:
@@ -170,91 +58,155 @@ def make_loss(spec: RunSpec, num_items: int) -> LossFunction:
             "lower it, or use loss 'ce' or 'cce' with null for the full softmax"
         )
     seed = functools.partial(derive, spec.seed, "negatives")
-    if spec.loss == "ce":
-        return _full
-    if spec.loss == "ce_minus":
-        return _sampled(num or 0, spec.logq_correction, seed)
-    if spec.loss == "bce":
-        return _binary(num or 0, seed)
-    raise SpecError(f"loss={spec.loss!r} is not built yet; use ce, ce_minus or bce")
-
-
-def _full(predictions: Predictions, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
-    return cross_entropy(
-        predictions.hidden,
-        weight,
-        predictions.targets,
-        bias=bias,
-        target_weight=predictions.weight,
+    match spec.loss:
+        case "ce":
+            return _full
+        case "ce_minus":
+            return functools.partial(
+                _sampled, num=num or 0, correction=spec.logq_correction, seed=seed
+            )
+        case "bce":
+            return functools.partial(_binary, num=num or 0, seed=seed)
+        case "cce":
+            return functools.partial(
+                _fused_full, filter_eps=spec.filter_eps, filter_mode=spec.filter_mode
+            )
+        case "sce":
+            return functools.partial(
+                _scalable,
+                seed=seed,
+                alpha=spec.sce_alpha,
+                beta=spec.sce_beta,
+                bucket_size_x=spec.sce_bucket_size_x,
+                bucket_size_y=spec.sce_bucket_size_y,
+                bucket_size_y=spec.sce_bucket_size_y,
+                mix=spec.sce_mix,
+            )
+    negatives = make_negatives(spec, item_counts)
+    if spec.loss == "cce_minus":
+        return functools.partial(
+            _fused_sampled,
+            negatives=negatives,
+            seed=seed,
+            filter_eps=spec.filter_eps,
+            filter_mode=spec.filter_mode,
+            paper_compat=spec.paper_negatives,
+        )
+    # gBCE is BCE+ whose positive is raised to a power, averaged over the items of each target
+    calibrated = spec.loss == "gbce"
+    power = gbce_power(negatives.num, num_items, spec.gbce_t) if calibrated else 1.0
+    return functools.partial(
+        _fused_binary, negatives=negatives, seed=seed, positive_power=power, average=calibrated
     )
 
 
-def _sampled(num: int, correction: bool, seed: Callable[[int], int]) -> LossFunction:
-    def loss(made: Predictions, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
-        targets = made.targets
-        negatives = uniform_items(len(targets), num, weight.shape[0], seed(step), targets.device)
-        return sampled_cross_entropy(
-            made.hidden, weight, targets, negatives, bias=bias, correction=correction
+def make_negatives(spec: RunSpec, item_counts: Tensor | None) -> Negatives:
+    """How the kernels draw the negatives of a run.
+
+    Raises
+    ------
+    SpecError
+        The sampler goes by popularity and no item counts are given.
+    """
+    sampler = spec.negative_sampler
+    ranking = None
+    if sampler in ("popularity", "log_uniform") and item_counts is None:
+        raise SpecError(
+            f"negative_sampler={sampler!r} needs the item counts of {spec.dataset!r}; "
+            "use uniform or in_batch"
         )
-
-    return loss
-
-
-def _binary(num: int, seed: Callable[[int], int]) -> LossFunction:
-    def loss(made: Predictions, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
-        negatives = uniform_others(made.targets, num, weight.shape[0], seed(step))
-        return binary_cross_entropy(made.hidden, weight, made.targets, negatives, bias=bias)
-
-    return loss
-
-
-def _scores(hidden: Tensor, weight: Tensor, items: Tensor, bias: Tensor | None) -> Tensor:
-    """Scores of each row's own items, shape (T, N)."""
-    scores = torch.bmm(F.embedding(items, weight), hidden[:, :, None]).squeeze(2)
-    return scores if bias is None else scores + F.embedding(items, bias[:, None]).squeeze(2)
+    if sampler == "log_uniform" and item_counts is not None:
+        ranking = torch.argsort(item_counts, descending=True, stable=True)
+    return Negatives(
+        spec.num_negatives or 0,
+        sampler=sampler,
+        share=spec.negatives_share,
+        logq=spec.logq_correction,
+        hits=spec.hits,
+        item_counts=item_counts if sampler == "popularity" else None,
+        ranking=ranking,
+    )
 
 
-_CELLS_CPU = 2**18
-_CELLS_CUDA = 2**27
-"""Logits that the softmax looks at together: what fits the cache, or enough to fill a GPU."""
+Seed = Callable[[int], int]
 
 
-class _MaterialisedCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies over one buffer: logits first, then their gradient."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, share):  # type: ignore[no-untyped-def]
-        logits = F.linear(hidden, weight, bias)
-        normaliser = torch.empty(len(logits), device=logits.device)
-        for rows in _row_blocks(logits):
-            torch.logsumexp(logits[rows].float(), dim=1, out=normaliser[rows])
-        chosen = logits.gather(1, targets[:, None]).squeeze(1).float()
-        ctx.save_for_backward(hidden, weight, targets, share, normaliser)
-        ctx.logits, ctx.has_bias = logits, bias is not None
-        return torch.dot(normaliser - chosen, share)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        hidden, weight, targets, share, normaliser = ctx.saved_tensors
-        logits, ctx.logits = ctx.logits, None
-        scale = share * grad
-        for rows in _row_blocks(logits):
-            # in place for fp32, by way of an fp32 block otherwise
-            block = logits[rows].float()
-            block.sub_(normaliser[rows, None]).exp_()
-            block.scatter_add_(
-                1, targets[rows, None], block.new_full((), -1.0).expand(len(block), 1)
-            )
-            block.mul_(scale[rows, None])
-            if logits.dtype != block.dtype:
-                logits[rows] = block
-        bias_grad = logits.sum(dim=0) if ctx.has_bias else None
-        return logits @ weight, logits.T @ hidden, bias_grad, None, None
+def _full(made: Predictions, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+    return cross_entropy(made.hidden, weight, made.targets, bias=bias, target_weight=made.weight)
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    cells = _CELLS_CUDA if logits.device.type == "cuda" else _CELLS_CPU
-    rows = max(cells // logits.shape[1], 1)
-    for begin in range(0, len(logits), rows):
-        yield slice(begin, begin + rows)
+def _sampled(
+    made: Predictions,
+    weight: Tensor,
+    bias: Tensor | None,
+    step: int,
+    *,
+    num: int,
+    correction: bool,
+    seed: Seed,
+) -> Tensor:
+    targets = made.targets
+    negatives = uniform_items(len(targets), num, len(weight), seed(step), targets.device)
+    return sampled_cross_entropy(
+        made.hidden, weight, targets, negatives, bias=bias, correction=correction
+    )
+
+
+def _binary(
+    made: Predictions, weight: Tensor, bias: Tensor | None, step: int, *, num: int, seed: Seed
+) -> Tensor:
+    negatives = uniform_others(made.targets, num, len(weight), seed(step))
+    return binary_cross_entropy(made.hidden, weight, made.targets, negatives, bias=bias)
+
+
+def _fused_full(
+    made: Predictions, weight: Tensor, bias: Tensor | None, step: int, **options: Any
+) -> Tensor:
+    loss = linear_cross_entropy(
+        made.hidden, weight, made.targets, bias=bias, sample_weight=made.weight, **options
+    )
+    return cast(Tensor, loss)
+
+
+def _fused_sampled(
+    made: Predictions,
+    weight: Tensor,
+    bias: Tensor | None,
+    step: int,
+    *,
+    negatives: Negatives,
+    seed: Seed,
+    **options: Any,
+) -> Tensor:
+    negatives = negatives.with_seed(seed(step))
+    loss = linear_cross_entropy(
+        made.hidden, weight, made.targets, bias=bias, negatives=negatives, **options
+    )
+    return cast(Tensor, loss)
+
+
+def _fused_binary(
+    made: Predictions,
+    weight: Tensor,
+    bias: Tensor | None,
+    step: int,
+    *,
+    negatives: Negatives,
+    seed: Seed,
+    **options: Any,
+) -> Tensor:
+    negatives = negatives.with_seed(seed(step))
+    return linear_binary_cross_entropy(
+        made.hidden, weight, made.targets, bias=bias, negatives=negatives, **options
+    )
+
+
+def _scalable(
+    made: Predictions, weight: Tensor, bias: Tensor | None, step: int, *, seed: Seed, **options: Any
+) -> Tensor:
+    hidden = made.hidden
+    if bias is not None:
+        # one more coordinate, always 1, carries the item biases into buckets and logits
+        hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
+        weight = torch.cat([weight, bias.to(weight.dtype)[:, None]], dim=1)
+    return scalable_cross_entropy(hidden, weight, made.targets, seed=seed(step), **options)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from padded_reference import padded_sasrec, to_windows
 
 from trainer.data.batches import PackedSequences
-from trainer.losses import (
+from trainer.models.sasrec import SASRec
+from trainer.plain_losses import (
     binary_cross_entropy,
     cross_entropy,
     sampled_cross_entropy,
 )
-from trainer.models.sasrec import SASRec
 from trainer.ranking import encode_users
 
 
