@@ -79,7 +79,6 @@ def make_loss(spec: RunSpec, num_items: int, item_counts: Tensor | None = None) 
                 beta=spec.sce_beta,
                 bucket_size_x=spec.sce_bucket_size_x,
                 bucket_size_y=spec.sce_bucket_size_y,
-                bucket_size_y=spec.sce_bucket_size_y,
                 mix=spec.sce_mix,
             )
     negatives = make_negatives(spec, item_counts)
