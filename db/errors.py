@@ -39,3 +39,7 @@ class AnalysisError(SrsweepError, ValueError):
 
 class LaunchError(SrsweepError):
     """A sweep that cannot be started or did not finish all its runs."""
+
+
+class SearchError(SrsweepError, ValueError):
+    """A search or a piece of advice that cannot be carried out as asked."""
