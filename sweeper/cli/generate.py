@@ -42,7 +42,7 @@ def generate(
 ) -> None:
     """Generate interactions: Zipf popularity, user tastes, sequence structure, drift.
 
-    The same options give the same rows on any machine. A folder gets a prepared dataset with the
+    The same options give the same rows (numpy's version apart). A folder gets a prepared dataset with the
     defaults of `srsweep prepare`; a file can be given to `srsweep prepare --source csv|parquet`.
 
     Examples

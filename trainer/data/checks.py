@@ -341,8 +341,8 @@ def _series(raw: Any) -> pl.Series:
         raw = raw.combine_chunks()
     if pa.types.is_dictionary(raw.type):
         raw = raw.dictionary_decode()
-    if pa.types.is_binary(raw.type):
-        raw = raw.cast(pa.string())
+    if pa.types.is_binary(raw.type) or pa.types.is_large_binary(raw.type):
+        raw = raw.cast(pa.large_string())
     if pa.types.is_null(raw.type):
         raw = raw.cast(pa.string())
     series = pl.from_arrow(raw)
