@@ -20,7 +20,17 @@ from db.connect import redact
 from db.errors import LostLeaseError, StoreError
 from db.measures import RunResult
 from db.rows import real, whole
-from db.schema import attempts, events, run_summary, runs, spec_from_values, utc_in
+from db.schema import (
+    attempts,
+    evaluations,
+    events,
+    histograms,
+    run_summary,
+    runs,
+    spec_from_values,
+    steps,
+    utc_in,
+)
 from db.spec import AttemptStatus, RunSpec, RunStatus
 
 MAX_ERROR_CHARACTERS = 4000
@@ -193,10 +203,8 @@ def finish(connection: Connection, held: Claim, result: RunResult) -> None:
     LostLeaseError
         The attempt is no longer this worker's; nothing was written.
     StoreError
-        A status that is no result.
+        As in `summary_values`.
     """
-    if result.status not in (RunStatus.DONE, RunStatus.DIVERGED, RunStatus.OUT_OF_MEMORY):
-        raise StoreError(f"status={result.status.value!r} is no result of a run; end it with fail")
     lock_run(connection, held.run_key)
     _update_mine(
         connection,
@@ -275,6 +283,51 @@ def end(
     _set_run(connection, held.run_id, RunStatus.PENDING)
 
 
+def inherit(connection: Connection, held: Claim, before_step: int) -> int:
+    """Copy the rows below a step from the attempt before, for training that resumes there.
+
+    Parameters
+    ----------
+    connection : sqlalchemy.engine.Connection
+        In a transaction.
+    held : Claim
+        The resuming attempt.
+    before_step : int
+        First step that the resumed training takes itself.
+
+    Returns
+    -------
+    int
+        Step rows below `before_step` that the attempt has now.
+
+    Raises
+    ------
+    LostLeaseError
+        The attempt is no longer this worker's.
+    """
+    fence(connection, held)
+    earlier = connection.scalars(
+        sa.select(attempts.c.id)
+        .where(attempts.c.run_id == held.run_id, attempts.c.number < held.number)
+        .order_by(sa.func.coalesce(attempts.c.last_step, -1).desc(), attempts.c.number.desc())
+        .limit(1)
+    ).one_or_none()
+    for table in (steps, evaluations, histograms):
+        # an evaluation at step n ran after n steps, so it belongs to what came before
+        limit = before_step if table is steps else before_step + 1
+        columns = [column for column in table.c if column.name != "attempt_id"]
+        rows = sa.select(sa.literal(held.attempt_id, sa.BigInteger()), *columns).where(
+            table.c.attempt_id == earlier, table.c.step < limit
+        )
+        names = ["attempt_id", *(column.name for column in columns)]
+        connection.execute(insert_ignore(connection, table).from_select(names, rows))
+    return connection.scalars(
+        sa.select(sa.func.count())
+        .select_from(steps)
+        .where(steps.c.attempt_id == held.attempt_id, steps.c.step < before_step)
+    ).one()
+
+
 def has_ended(connection: Connection, held: Claim, status: AttemptStatus | None) -> bool:
     """Whether the attempt has just this end; None asks whether it has any but `lost`."""
     found = connection.scalars(
@@ -350,8 +403,10 @@ def summary_values(result: RunResult) -> dict[str, Any]:
     Raises
     ------
     StoreError
-        A metric that is no column.
+        A status that is no result, or a metric that is no column.
     """
+    if result.status not in (RunStatus.DONE, RunStatus.DIVERGED, RunStatus.OUT_OF_MEMORY):
+        raise StoreError(f"status={result.status.value!r} is no result of a run; end it with fail")
     values: dict[str, Any] = {}
     for column in run_summary.c:
         if hasattr(result, column.name):

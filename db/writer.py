@@ -400,24 +400,40 @@ class RunWriter:
         then: Callable[[Connection], None],
     ) -> bool:
         deadline = time.monotonic() + self._patience_seconds
+        doubtful = False
         while True:
             try:
-                for batch in self._spool.batches():
-                    self._transact(batch, fresh=False)
-                self._transact(self._pending, fresh=True, then=then)
-            except LostLeaseError:
-                # the end may have been committed though its answer never came
-                if not self._has_ended(status):
-                    raise
+                self._commit_end(status, then, doubtful=doubtful)
             except DATABASE_ERRORS as error:
                 self._away(error)
-                if time.monotonic() < deadline:
-                    time.sleep(min(self._pause, max(0.0, deadline - time.monotonic())))
-                    continue
-                return self._spool_end(kind, content)
-            self._pending = Batch()
-            self._spool.discard()
-            return True
+                doubtful = True
+                if time.monotonic() >= deadline:
+                    return self._spool_end(kind, content)
+                time.sleep(min(self._pause, max(0.0, deadline - time.monotonic())))
+            else:
+                self._pending = Batch()
+                self._spool.discard()
+                return True
+
+    def _commit_end(
+        self, status: AttemptStatus, then: Callable[[Connection], None], *, doubtful: bool
+    ) -> None:
+        try:
+            for batch in self._spool.batches():
+                self._transact(batch, fresh=False)
+            while len(self._pending.steps) > CHUNK_ROWS:
+                self._transact(Batch(self._pending.steps[:CHUNK_ROWS]), fresh=True)
+                del self._pending.steps[:CHUNK_ROWS]
+            self._transact(self._pending, fresh=True, then=then)
+        except LostLeaseError:
+            # an earlier try may have been committed though its answer never came
+            if not doubtful or not self._has_ended(status):
+                raise
+
+    def _has_ended(self, status: AttemptStatus) -> bool:
+        connection = self._connect()
+        with connection.begin():
+            return leases.has_ended(connection, self.claim, status)
 
     def _spool_end(self, kind: str, content: Mapping[str, Any]) -> bool:
         try:
@@ -430,12 +446,6 @@ class RunWriter:
                 f"{self._spool.path.name} can be written ({error.strerror}); make room and repeat"
             ) from None
         return False
-
-    def _has_ended(self, status: AttemptStatus) -> bool:
-        with self._connect() as connection, connection.begin():
-            found = leases.has_ended(connection, self.claim, status)
-        self._connection = None
-        return found
 
 
 def _is_repeat(error: BaseException) -> bool:

@@ -149,15 +149,19 @@ def test_the_lease_is_renewed_while_no_rows_come(bench):
 
 
 def test_leaving_by_an_exception_ends_the_attempt(bench, step):
-    with pytest.raises(ZeroDivisionError), bench.writer(bench.claim(0)) as writer:
-        writer.step(step(0))
-        raise ZeroDivisionError("no users")
+    def train(writer, error):
+        with writer:
+            writer.step(step(0))
+            raise error
+
+    with pytest.raises(ZeroDivisionError):
+        train(bench.writer(bench.claim(0)), ZeroDivisionError("no users"))
     run = bench.store.run(bench.keys[0])
     assert (run.status, run.last_error_class) == (RunStatus.PENDING, "ZeroDivisionError")
     assert run.last_error_message == "no users"
     assert bench.rows("SELECT count(*) FROM steps") == [(1,)]
-    with pytest.raises(KeyboardInterrupt), bench.writer(bench.claim(1)):
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train(bench.writer(bench.claim(1)), KeyboardInterrupt())
     assert bench.store.run(bench.keys[1]).last_attempt_status is AttemptStatus.CANCELLED
 
 
@@ -302,22 +306,19 @@ def test_an_end_that_cannot_be_written_is_replayed(
 def test_the_server_goes_away_in_the_middle_of_a_run(tmp_path, make_bench, step, result, caplog):
     with temporary_server() as server:
         bench = make_bench(server.url())
-        held = bench.claim(lease_seconds=2.0)
+        held = bench.claim(lease_seconds=1.0)
         with bench.writer(held) as writer, caplog.at_level(logging.WARNING):
             for number in range(50):
                 writer.step(step(number))
             assert writer.flush()
             server.stop(immediate=True)
-            slowest = 0.0
             for number in range(50, 250):
-                begin = time.perf_counter()
                 writer.step(step(number))
-                slowest = max(slowest, time.perf_counter() - begin)
                 time.sleep(0.002)
             assert not writer.flush()
             with pytest.raises(StoreError, match="cannot be reached"):
                 bench.store.expire_leases()
-            time.sleep(2.0)
+            time.sleep(1.0)
             server.start()
             # the lease ran out long ago, but nobody could renew it: the worker gets its time
             assert bench.store.expire_leases() == []
