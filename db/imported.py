@@ -105,13 +105,21 @@ def put_foreign(
     store = RunStore.open(url)
     for record in records:
         store.put_dataset(record)
-    by_key = {run.key: run for run in foreign}
+    by_key: dict[str, ForeignRun] = {}
+    elsewhere: list[ForeignRun] = []
+    for run in foreign:
+        first = by_key.setdefault(run.key, run)
+        if run.device_class != first.device_class:
+            elsewhere.append(run)
     with translated(url), write_engine(url).begin() as connection:
         known = _run_ids(connection, by_key)
         new = {key: run for key, run in by_key.items() if key not in known}
         ids = _insert_runs(connection, new)
         tries = _insert_attempts(connection, {ids[key]: run for key, run in new.items()})
-        _insert_summaries(connection, {ids[key]: run for key, run in new.items()}, tries)
+        _insert_summaries(connection, [(ids[key], run) for key, run in new.items()], tries)
+        _insert_summaries(
+            connection, [(ids[run.key], run) for run in elsewhere if run.key in ids], {}
+        )
         curves = {tries[ids[key]]: run for key, run in new.items() if run.curve}
         curves |= _missing_curves(connection, {known[key]: by_key[key] for key in known})
         for attempt_id, run in curves.items():
@@ -189,11 +197,11 @@ def _insert_attempts(connection: Connection, by_id: Mapping[int, ForeignRun]) ->
 
 
 def _insert_summaries(
-    connection: Connection, by_id: Mapping[int, ForeignRun], tries: Mapping[int, int]
+    connection: Connection, found: Sequence[tuple[int, ForeignRun]], tries: Mapping[int, int]
 ) -> None:
     columns = [column.name for column in run_summary.c]
     rows = []
-    for run_id, run in by_id.items():
+    for run_id, run in found:
         if run.device_class is None:
             continue
         row = dict.fromkeys(columns) | dict(run.summary)
