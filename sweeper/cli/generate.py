@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sweeper.cli.options import JsonOption
+from trainer.data.generate import GeneratedSource, GeneratorOptions, generate_blocks
 
 
 def generate(
@@ -16,25 +17,29 @@ def generate(
             help="A file in .csv or .parquet, or a folder to prepare a dataset in.",
         ),
     ],
-    users: Annotated[int, typer.Option(help="Number of users.")] = 3000,
-    items: Annotated[int, typer.Option(help="Number of items that may be drawn.")] = 5000,
+    users: Annotated[int, typer.Option(help="Number of users.")] = GeneratorOptions.num_users,
+    items: Annotated[int, typer.Option(help="Number of items that may be drawn.")] = (
+        GeneratorOptions.num_items
+    ),
     interactions_per_user: Annotated[
         float, typer.Option(help="Mean interactions per user (log-normal lengths).")
-    ] = 30.0,
+    ] = GeneratorOptions.interactions_per_user,
     length_sigma: Annotated[
         float, typer.Option(help="Standard deviation of the log of the length.")
-    ] = 0.9,
+    ] = GeneratorOptions.length_sigma,
     clusters: Annotated[
         int | None, typer.Option(help="Clusters of items; the square root of --items by default.")
     ] = None,
-    zipf_exponent: Annotated[float, typer.Option(help="Exponent of the popularity law.")] = 1.0,
+    zipf_exponent: Annotated[float, typer.Option(help="Exponent of the popularity law.")] = (
+        GeneratorOptions.zipf_exponent
+    ),
     follow_probability: Annotated[
         float, typer.Option(help="Probability of moving on within a cluster: sequence structure.")
-    ] = 0.7,
+    ] = GeneratorOptions.follow_probability,
     drift: Annotated[
         float, typer.Option(help="Share of the items that are released over time.")
-    ] = 0.3,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 42,
+    ] = GeneratorOptions.drift,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = (GeneratorOptions.seed),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a dataset that is there.")
     ] = False,
@@ -42,8 +47,8 @@ def generate(
 ) -> None:
     """Generate interactions: Zipf popularity, user tastes, sequence structure, drift.
 
-    The same options give the same rows (numpy's version apart). A folder gets a prepared dataset with the
-    defaults of `srsweep prepare`; a file can be given to `srsweep prepare --source csv|parquet`.
+    The same options give the same rows (with the same numpy). A folder gets a prepared dataset
+    with the defaults of `srsweep prepare`; a file can be given to `srsweep prepare`.
 
     Examples
     --------
@@ -52,7 +57,6 @@ def generate(
         srsweep prepare --source parquet --input big.parquet --out data/big
     """
     from sweeper.cli.prepare import print_summary
-    from trainer.data.generate import GeneratedSource, GeneratorOptions, generate_blocks
     from trainer.data.prepare import prepare
     from trainer.data.write import write_interactions
 

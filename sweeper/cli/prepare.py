@@ -8,6 +8,8 @@ import typer
 
 from sweeper.cli.options import JsonOption
 from trainer.data.checks import DEFAULT_MAX_BAD_ROWS
+from trainer.data.prepare import DEFAULT_MEMORY_ROWS
+from trainer.data.split import FilterOptions, SplitOptions
 
 
 def prepare(
@@ -53,8 +55,12 @@ def prepare(
     max_bad_rows: Annotated[
         int, typer.Option(min=0, help="Bad rows to leave out before refusing the file.")
     ] = DEFAULT_MAX_BAD_ROWS,
-    min_item_count: Annotated[int, typer.Option(min=1, help="Least rows of an item.")] = 5,
-    min_user_count: Annotated[int, typer.Option(min=1, help="Least rows of a user.")] = 3,
+    min_item_count: Annotated[int, typer.Option(min=1, help="Least rows of an item.")] = (
+        FilterOptions.min_item_count
+    ),
+    min_user_count: Annotated[int, typer.Option(min=1, help="Least rows of a user.")] = (
+        FilterOptions.min_user_count
+    ),
     iterated: Annotated[
         bool, typer.Option("--iterated", help="Repeat both filters until nothing changes.")
     ] = False,
@@ -63,16 +69,16 @@ def prepare(
     ] = "global-temporal",
     test_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the latest rows that test.")
-    ] = 0.1,
+    ] = SplitOptions.test_fraction,
     validation_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of training users that validate.")
-    ] = 0.05,
+    ] = SplitOptions.validation_fraction,
     raw_dir: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where downloads are kept.")
     ] = Path("data/raw"),
     memory_rows: Annotated[
         int, typer.Option(min=1, help="Rows held in memory at once; larger inputs use the disk.")
-    ] = 1 << 24,
+    ] = DEFAULT_MEMORY_ROWS,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a dataset that is there.")
     ] = False,
@@ -96,7 +102,6 @@ def prepare(
     from trainer.data.download import PUBLIC_DATASETS
     from trainer.data.prepare import prepare as prepare_dataset
     from trainer.data.sources import SourceOptions, open_source
-    from trainer.data.split import FilterOptions, SplitOptions
 
     if split not in ("global-temporal", "leave-one-out"):
         raise DataError(f"--split {split!r} is neither global-temporal nor leave-one-out")

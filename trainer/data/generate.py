@@ -32,7 +32,7 @@ START_TIME = 1_577_836_800
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOptions:
-    """The recipe of generated interactions; the same options give the same rows (numpy's version apart)."""
+    """The recipe of generated interactions; the same options give the same rows."""
 
     num_users: int = 3000
     """Users; each has at least three events."""
