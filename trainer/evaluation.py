@@ -1,5 +1,6 @@
 """Ranks the held-out users of a dataset with a model and reports every metric."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,10 @@ from trainer.data.batches import IntArray, PackedSequences
 from trainer.models.network import SequenceModel
 from trainer.ranking import (
     Frame,
+    Scorer,
     encode_users,
-    rank_catalog,
+    inner_products,
+    rank_items,
     single_target_metrics,
 )
 from trainer.seeds import derive
@@ -133,25 +136,40 @@ class Evaluator:
         """Users that are evaluated."""
         return len(self._users)
 
-    def lists(self, model: SequenceModel) -> IntArray:
-        """Ranked lists of all evaluated users, shape (num_users, 100), int64."""
-        weight = model.output_weight.detach()
-        bias = model.output_bias
+    def rank(self, scorer: Callable[[IntArray], Scorer], num_items: int) -> IntArray:
+        """Ranked lists of all evaluated users, shape (num_users, 100), int64.
+
+        Parameters
+        ----------
+        scorer : callable
+            Makes what scores some users, given as rows of the split.
+        num_items : int
+            Catalog size V.
+        """
         found = []
         for begin in range(0, len(self._users), _USERS_AT_ONCE):
             rows = self._users[begin : begin + _USERS_AT_ONCE]
-            states = encode_users(model, self._sequences, rows, weight.shape[1])
-            seen = self._seen(rows) if self._mask_seen else None
             found.append(
-                rank_catalog(
-                    states,
-                    weight,
-                    bias=None if bias is None else bias.detach(),
-                    seen=seen,
+                rank_items(
+                    scorer(rows),
+                    len(rows),
+                    num_items,
+                    device=self._items.device,
+                    seen=self._seen(rows) if self._mask_seen else None,
                     budget_bytes=self._budget_bytes,
                 )
             )
         return np.concatenate(found)
+
+    def lists(self, model: SequenceModel) -> IntArray:
+        """Ranked lists of all evaluated users by a model in evaluation mode."""
+        weight, bias = model.output_weight.detach(), model.output_bias
+
+        def scorer(users: IntArray) -> Scorer:
+            states = encode_users(model, self._sequences, users, weight.shape[1])
+            return inner_products(states, weight, None if bias is None else bias.detach())
+
+        return self.rank(scorer, len(weight))
 
     def evaluate(self, model: SequenceModel, *, step: int, epoch: int) -> list[EvaluationRecord]:
         """All metrics at all cut-offs.
@@ -200,6 +218,8 @@ class Evaluator:
         """Pairs of row and item that the users have had, over their whole histories."""
         starts, ends = self._held_out.starts[rows], self._held_out.ends[rows]
         lengths = ends - starts
+        if not lengths.sum():
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         total = np.cumsum(lengths)
         index = np.arange(total[-1]) + np.repeat(starts - (total - lengths), lengths)
         items = self._items[torch.from_numpy(index).to(self._items.device)].cpu().numpy()

@@ -1,12 +1,12 @@
 """Trains one run of a sweep: plain torch, every step measured, every stop with a reason."""
 
 import contextlib
-import copy
 import math
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from db.errors import SpecError
 from db.measures import Recorder, RunResult, StepRecord
-from db.spec import RunSpec, RunStatus
+from db.spec import RunSpec, RunStatus, run_key
+from trainer.checkpoint import Checkpoint, CheckpointFile
 from trainer.data.batches import PackedBatch, PackedSequences, TrainingBatches, item_tensor
 from trainer.evaluation import Evaluator, metric_frame
 from trainer.losses import make_loss
@@ -47,12 +48,20 @@ class TrainOptions:
         Report every so many steps.
     evaluation_budget_bytes : int
         Bytes of scores that an evaluation holds at once.
+    checkpoint_dir : Path, optional
+        Folder for the checkpoint of the run. One that is there is resumed from; it is removed
+        when the run ends.
+    checkpoint_minutes : float
+        Time between checkpoints.
     should_stop : callable, optional
-        Asked after every step; once true, training raises `TrainingInterrupted`.
+        Asked after every step; once true, training saves a checkpoint and raises
+        `TrainingInterrupted`.
     """
 
     step_rows_every: int = 1
     evaluation_budget_bytes: int = DEFAULT_BUDGET
+    checkpoint_dir: Path | None = None
+    checkpoint_minutes: float = 10.0
     should_stop: Callable[[], bool] | None = None
 
 
@@ -101,7 +110,9 @@ def train(
         run = _Run(spec, recorder, where, options or TrainOptions(), probe)
         try:
             run.build(dataset)
-            return run.train()
+            result = run.train()
+            run.remove_checkpoint()
+            return result
         except (RuntimeError, MemoryError) as error:
             shortage = memory_shortage(error)
             if shortage is None:
@@ -184,7 +195,8 @@ class _Run:
         self._progress = Progress()
         self._num_parameters = 0
         self._best: dict[str, Tensor] = {}
-        self._recorded_step = -1
+        self._file: CheckpointFile | None = None
+        self._saved_at = time.monotonic()
 
     def build(self, dataset: "Dataset") -> None:
         """Set up data, model, loss and optimizer."""
@@ -204,6 +216,10 @@ class _Run:
             self._parameters, lr=spec.learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True
         )
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=spec.precision == "fp16")
+        if self._options.checkpoint_dir is not None:
+            key = run_key(spec, dataset.fingerprint)
+            self._file = CheckpointFile(self._options.checkpoint_dir, key)
+            self._resume(self._file.load(self._device))
 
     def train(self) -> RunResult:
         """Train until a reason to stop, then test the best weights."""
@@ -230,6 +246,11 @@ class _Run:
             **more,
         )
 
+    def remove_checkpoint(self) -> None:
+        """Delete what was kept to resume from."""
+        if self._file is not None:
+            self._file.remove()
+
     def close(self) -> None:
         """Drop what takes memory, so that the next run of the process starts from nothing."""
         for name in ("_model", "_optimizer", "_parameters", "_batches", "_validation", "_test"):
@@ -246,14 +267,41 @@ class _Run:
                 progress.batch += 1
                 if every and progress.step % every == 0 and self._validate():
                     return "patience"
-                if self._options.should_stop is not None and self._options.should_stop():
-                    raise TrainingInterrupted(f"stopped after {progress.step} steps")
+                self._checkpoint_or_stop()
             progress.end_epoch()
             last = progress.epoch == spec.max_epochs
             due = every is None or (last and progress.last_validation != progress.step)
             if due and self._validate():
                 return "patience"
         return "max_epochs"
+
+    def _checkpoint_or_stop(self) -> None:
+        options = self._options
+        stop = options.should_stop is not None and options.should_stop()
+        due = time.monotonic() - self._saved_at >= 60.0 * options.checkpoint_minutes
+        if self._file is not None and (stop or due):
+            self._file.save(
+                Checkpoint(
+                    self._model.state_dict(),
+                    self._optimizer.state_dict(),
+                    self._scaler.state_dict(),
+                    self._best,
+                    self._progress,
+                )
+            )
+            self._saved_at = time.monotonic()
+        if stop:
+            raise TrainingInterrupted(f"stopped after {self._progress.step} steps")
+
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
+            return
+        self._model.load_state_dict(checkpoint.model)
+        self._optimizer.load_state_dict(checkpoint.optimizer)
+        self._scaler.load_state_dict(checkpoint.scaler)
+        self._progress = checkpoint.progress
+        if checkpoint.best:
+            self._hold_best(checkpoint.best)
 
     def _step(self, batch: PackedBatch) -> bool:
         """One optimizer step; whether loss and gradient were finite."""
@@ -316,11 +364,15 @@ class _Run:
     def _keep_best(self) -> None:
         state = self._model.state_dict()
         if not self._best:
-            self._best = copy.deepcopy({name: value.cpu() for name, value in state.items()})
-            if self._device.type == "cpu":
-                self._probe.exclude(sum(v.numel() * v.element_size() for v in state.values()))
+            self._hold_best({name: torch.empty_like(v, device="cpu") for name, v in state.items()})
         for name, value in state.items():
             self._best[name].copy_(value)
+
+    def _hold_best(self, weights: dict[str, Tensor]) -> None:
+        """Keep weights beside the model, uncounted where memory is this process's."""
+        self._best = weights
+        if self._device.type == "cpu":
+            self._probe.exclude(sum(v.numel() * v.element_size() for v in weights.values()))
 
     def _evaluate(self, evaluator: Evaluator, step: int) -> list[Any]:
         release_memory(self._device)

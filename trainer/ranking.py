@@ -1,6 +1,6 @@
 """Full-catalog ranking and the metrics of its lists, with standard errors over users."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,18 +48,66 @@ class Estimate:
     standard_error: float
 
 
-def rank_catalog(
-    states: Tensor,
-    weight: Tensor,
+Scorer = Callable[[slice, slice], Tensor]
+"""A new tensor of fp32 scores for some of the users and some of the items."""
+
+
+def rank_items(
+    score: Scorer,
+    num_users: int,
+    num_items: int,
     *,
-    bias: Tensor | None = None,
+    device: torch.device,
     seen: tuple[IntArray, IntArray] | None = None,
     k: int = max(KS),
     budget_bytes: int = DEFAULT_BUDGET,
 ) -> IntArray:
     """Exact top items of each user over the whole catalog; equal scores by ascending item.
 
-    Scores are fp32 and are held for a part of the users and items at a time.
+    Scores are held for a part of the users and items at a time.
+
+    Parameters
+    ----------
+    score : callable
+        Makes the scores of a slice of users and a slice of items.
+    num_users, num_items : int
+        U and V.
+    device : torch.device
+        Where scores are made.
+    seen : (ndarray, ndarray), optional
+        Users and items, int64, of the pairs that must not be recommended.
+    k : int
+        Length of the lists.
+    budget_bytes : int
+        Upper bound of what scores and their selection take.
+
+    Returns
+    -------
+    ndarray, shape (U, k), int64
+        Items, best first; -1 where a user has fewer than k candidates.
+    """
+    k_found = min(k, num_items)
+    # topk and its sorts take as much as the scores
+    cells = max(budget_bytes // 8, 1)
+    chunk = min(num_items, max(cells // min(num_users or 1, 256), k_found, 1024))
+    rows = max(cells // chunk, 1)
+    lists = np.full((num_users, k), -1, dtype=np.int64)
+    order, bounds = _by_user(seen, num_users)
+    for begin in range(0, num_users, rows):
+        end = min(begin + rows, num_users)
+        pairs = None
+        if seen is not None:
+            picked = order[bounds[begin] : bounds[end]]
+            by_item = picked[np.argsort(seen[1][picked], kind="stable")]
+            pairs = _Pairs(seen[0][by_item] - begin, seen[1][by_item], device)
+        lists[begin:end, :k_found] = _rank_rows(
+            score, slice(begin, end), num_items, pairs, k_found, chunk
+        )
+    return lists
+
+
+def inner_products(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Scorer:
+    """Scores of users by their states.
 
     Parameters
     ----------
@@ -69,36 +117,13 @@ def rank_catalog(
         Item vectors.
     bias : Tensor, shape (V,), optional
         Item biases.
-    seen : (ndarray, ndarray), optional
-        Rows and items, int64, of the pairs that must not be recommended.
-    k : int
-        Length of the lists.
-    budget_bytes : int
-        Upper bound of the scores in memory.
-
-    Returns
-    -------
-    ndarray, shape (U, k), int64
-        Items, best first; -1 where a user has fewer than k candidates.
     """
-    num_users, num_items = len(states), len(weight)
-    k_found = min(k, num_items)
-    # topk and the masks double what the scores take
-    cells = max(budget_bytes // 8, 1)
-    chunk = min(num_items, max(cells // min(num_users or 1, 256), k_found, 1024))
-    rows = max(cells // chunk, 1)
-    lists = np.full((num_users, k), -1, dtype=np.int64)
-    order, bounds = _by_user(seen, num_users)
-    for begin in range(0, num_users, rows):
-        end = min(begin + rows, num_users)
-        picked = order[bounds[begin] : bounds[end]]
-        pairs = None
-        if seen is not None:
-            by_item = picked[np.argsort(seen[1][picked], kind="stable")]
-            pairs = (seen[0][by_item] - begin, seen[1][by_item])
-        found = _rank_rows(states[begin:end], weight, bias, pairs, k_found, chunk)
-        lists[begin:end, :k_found] = found
-    return lists
+
+    def score(rows: slice, items: slice) -> Tensor:
+        scores = states[rows] @ weight[items].T
+        return scores if bias is None else scores.add_(bias[items])
+
+    return score
 
 
 def encode_users(
@@ -258,40 +283,43 @@ def _by_user(seen: tuple[IntArray, IntArray] | None, num_users: int) -> tuple[In
     return order, np.searchsorted(seen[0][order], np.arange(num_users + 1))
 
 
+class _Pairs:
+    """Pairs of row and item, ascending by item, to be masked in scores."""
+
+    def __init__(self, rows: IntArray, items: IntArray, device: torch.device) -> None:
+        self._items = items
+        self._rows_there = torch.from_numpy(rows).to(device)
+        self._items_there = torch.from_numpy(items).to(device)
+
+    def mask(self, scores: Tensor, begin: int) -> None:
+        """Mask in scores whose first column is item `begin`."""
+        low, high = np.searchsorted(self._items, [begin, begin + scores.shape[1]])
+        scores[self._rows_there[low:high], self._items_there[low:high] - begin] = -torch.inf
+
+
 def _rank_rows(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pairs: tuple[IntArray, IntArray] | None,
-    k: int,
-    chunk: int,
+    score: Scorer, rows: slice, num_items: int, pairs: _Pairs | None, k: int, chunk: int
 ) -> IntArray:
     """Top items of some users, scores of `chunk` items at a time."""
-    device = states.device
-    best: Tensor | None = None
-    best_items: Tensor | None = None
-    for begin in range(0, len(weight), chunk):
-        part = weight[begin : begin + chunk]
-        scores = states @ part.T
-        if bias is not None:
-            scores += bias[begin : begin + chunk]
+    values: Tensor | None = None
+    items: Tensor | None = None
+    for begin in range(0, num_items, chunk):
+        scores = score(rows, slice(begin, min(begin + chunk, num_items)))
         if pairs is not None:
-            low, high = np.searchsorted(pairs[1], [begin, begin + len(part)])
-            rows = torch.from_numpy(pairs[0][low:high]).to(device)
-            columns = torch.from_numpy(pairs[1][low:high] - begin).to(device)
-            scores[rows, columns] = -torch.inf
-        values, items = _top(scores, min(k, len(part)))
-        items = items + begin
-        if best is not None and best_items is not None:
-            # earlier chunks hold smaller items, so a stable sort keeps equal scores by item
-            values = torch.cat([best, values], dim=1)
-            items = torch.cat([best_items, items], dim=1)
-            values, place = values.sort(dim=1, descending=True, stable=True)
-            values, items = values[:, :k], items.gather(1, place[:, :k])
-        best, best_items = values, items
-    if best is None or best_items is None:
-        return np.empty((len(states), 0), dtype=np.int64)
-    return best_items.masked_fill(best == -torch.inf, -1).cpu().numpy()
+            pairs.mask(scores, begin)
+        new_values, new_items = _top(scores, min(k, scores.shape[1]))
+        new_items = new_items + begin
+        if values is None or items is None:
+            values, items = new_values, new_items
+            continue
+        # earlier chunks hold smaller items, so a stable sort keeps equal scores by item
+        values = torch.cat([values, new_values], dim=1)
+        items = torch.cat([items, new_items], dim=1)
+        values, place = values.sort(dim=1, descending=True, stable=True)
+        values, items = values[:, :k], items.gather(1, place[:, :k])
+    assert values is not None
+    assert items is not None
+    return items.masked_fill(values == -torch.inf, -1).cpu().numpy()
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
