@@ -20,7 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/srsweep generate --help >/dev/null
+	$(BIN)/srsweep generate --users 3000 --items 5000 --out demo/data/demo --overwrite
+	$(BIN)/srsweep launch grids/demo.yaml --data-dir demo/data --db sqlite:///demo/runs.db
+	$(BIN)/srsweep runs --db sqlite:///demo/runs.db --sort ndcg_at_10 --limit 5
+	$(BIN)/srsweep report --db sqlite:///demo/runs.db --out demo/report
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
