@@ -7,9 +7,9 @@ devices; factors without evidence stay at their analytic value of 1.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ _TERMS: Final = ("parameters", "optimizer", "gradients", "activations", "attenti
 _STRENGTH: Final = 0.05
 """Weight of the analytic factors in a calibration, in relative error per unit of factor."""
 _MIN_RUNS: Final = 3
+_NUM_QUANTILES: Final = 100
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,23 @@ class Shape:
     """Training items per user."""
     length_quantiles: tuple[float, ...] = ()
     """Evenly spaced quantiles of the lengths; an exponential law stands in for them."""
+
+    @classmethod
+    def from_quantiles(cls, num_items: int, quantiles: Mapping[str, float]) -> Self:
+        """Shape from length quantiles by level, as `dataset.json` records them.
+
+        Parameters
+        ----------
+        num_items : int
+            Catalog V.
+        quantiles : mapping of str to float
+            Level (0 to 1, as text) to length.
+        """
+        levels = sorted((float(level), float(length)) for level, length in quantiles.items())
+        middles = (np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES
+        logs = np.interp(middles, [p for p, _ in levels], [math.log(max(n, 1)) for _, n in levels])
+        lengths = np.exp(logs)
+        return cls(num_items, float(lengths.mean()), tuple(float(n) for n in lengths))
 
     def tokens_per_user(self, max_seq_len: int) -> float:
         """Mean number of items that a window of `max_seq_len` keeps of a user."""
@@ -82,7 +100,7 @@ class MemoryTerms:
         return np.array([getattr(self, name) for name in _TERMS], float)
 
 
-def memory_terms(spec: RunSpec, shape: Shape) -> MemoryTerms:
+def memory_terms(spec: RunSpec, shape: Shape, *, padded: bool = False) -> MemoryTerms:
     """Bytes that a training step of a run holds, term by term.
 
     Parameters
@@ -91,6 +109,8 @@ def memory_terms(spec: RunSpec, shape: Shape) -> MemoryTerms:
         A null precision counts as fp32.
     shape : Shape
         Sizes of its dataset.
+    padded : bool
+        The trainer computes padded positions (the published runs); ours does not.
 
     References
     ----------
@@ -99,8 +119,9 @@ def memory_terms(spec: RunSpec, shape: Shape) -> MemoryTerms:
     """
     width = spec.embedding_dim
     weights = _num_parameters(spec, shape.num_items)
-    tokens = spec.batch_size * shape.tokens_per_user(spec.max_seq_len)
-    squares = spec.batch_size * shape.squared_tokens_per_user(spec.max_seq_len)
+    tokens = _largest_batch(spec, shape)
+    rows = spec.batch_size * spec.max_seq_len if padded else tokens
+    squares = rows * spec.max_seq_len if padded else tokens * _mean_context(spec, shape)
     size = 2 if spec.precision in ("fp16", "bf16") else 4
     kept = _ACTIVATIONS_PER_BLOCK[spec.model] * spec.num_blocks + 8
     targets = tokens * (spec.mask_probability if spec.model == "bert4rec" else 1.0)
@@ -110,11 +131,25 @@ def memory_terms(spec: RunSpec, shape: Shape) -> MemoryTerms:
         parameters=4 * weights,
         optimizer=8 * weights * state,
         gradients=4 * weights,
-        activations=kept * tokens * width * size,
+        activations=kept * rows * width * size,
         attention=2 * spec.num_blocks * spec.num_heads * squares * size,
         loss=loss,
         ids=ids,
     )
+
+
+def _largest_batch(spec: RunSpec, shape: Shape) -> float:
+    """Tokens of the largest batch of an epoch: three standard deviations above the mean."""
+    mean = shape.tokens_per_user(spec.max_seq_len)
+    variance = max(shape.squared_tokens_per_user(spec.max_seq_len) - mean**2, 0.0)
+    likely = spec.batch_size * mean + 3 * math.sqrt(spec.batch_size * variance)
+    return min(likely, float(spec.batch_size * spec.max_seq_len))
+
+
+def _mean_context(spec: RunSpec, shape: Shape) -> float:
+    """Keys that the average token may attend to, before the causal mask."""
+    length = spec.max_seq_len
+    return shape.squared_tokens_per_user(length) / max(shape.tokens_per_user(length), 1e-9)
 
 
 def analytic_bytes(spec: RunSpec, shape: Shape) -> float:
@@ -175,6 +210,8 @@ class MemoryModel:
     )
     constant_bytes: float = 0.0
     relative_errors: tuple[float, ...] = ()
+    padded: bool = False
+    """Whether the measured trainer computes padded positions."""
 
     @property
     def num_runs(self) -> int:
@@ -187,7 +224,9 @@ class MemoryModel:
         Without calibration the interval spans a factor of two each way.
         """
         scale = np.array([self.factors[name] for name in _TERMS])
-        middle = self.constant_bytes + float(scale @ memory_terms(spec, shape).vector())
+        middle = self.constant_bytes + float(
+            scale @ memory_terms(spec, shape, padded=self.padded).vector()
+        )
         if not self.relative_errors:
             return Prediction(middle, middle / 2, middle * 2)
         # a finite sample of n errors covers 90 % at its n-corrected quantile
@@ -197,7 +236,11 @@ class MemoryModel:
 
 
 def calibrate(
-    specs: Sequence[RunSpec], shapes: Sequence[Shape], measured: Sequence[float]
+    specs: Sequence[RunSpec],
+    shapes: Sequence[Shape],
+    measured: Sequence[float],
+    *,
+    padded: bool = False,
 ) -> MemoryModel:
     """Fit the factors to measured peaks of one memory source and device class.
 
@@ -212,6 +255,8 @@ def calibrate(
         Sizes of the dataset of each.
     measured : sequence of float
         Peak training memory of each, bytes.
+    padded : bool
+        Whether the measured trainer computes padded positions.
 
     Raises
     ------
@@ -226,7 +271,9 @@ def calibrate(
         )
     if not (np.isfinite(peaks) & (peaks > 0)).all():
         raise SearchError("a measured peak memory is not above 0; leave that run out")
-    terms = np.array([memory_terms(s, h).vector() for s, h in zip(specs, shapes, strict=True)])
+    terms = np.array(
+        [memory_terms(s, h, padded=padded).vector() for s, h in zip(specs, shapes, strict=True)]
+    )
     design, target, prior = _system(terms, peaks)
     factors = _solve(design, target, prior)
     errors = [
@@ -235,7 +282,10 @@ def calibrate(
     ]
     unit = prior[1]
     return MemoryModel(
-        dict(zip(_TERMS, factors[:-1], strict=True)), float(factors[-1] * unit), tuple(errors)
+        dict(zip(_TERMS, factors[:-1], strict=True)),
+        float(factors[-1] * unit),
+        tuple(errors),
+        padded,
     )
 
 
