@@ -214,10 +214,10 @@ def sasrec_names(ours):
 
 
 BERT_BLOCK_NAMES = {
-    "attention.in_proj_weight": "attention.in_weight",
-    "attention.in_proj_bias": "attention.in_bias",
-    "attention.out_proj.weight": "attention.out.weight",
-    "attention.out_proj.bias": "attention.out.bias",
+    "attention.in_proj_weight": "in_weight",
+    "attention.in_proj_bias": "in_bias",
+    "attention.out_proj.weight": "out.weight",
+    "attention.out_proj.bias": "out.bias",
     "attention_norm.weight": "attention_norm.weight",
     "attention_norm.bias": "attention_norm.bias",
     "pff_norm.weight": "feed_forward_norm.weight",
@@ -235,7 +235,7 @@ def bert4rec_names(ours):
         "item_embedder.cat_embeddings.item_id.weight": ours["item_embedding"],
         "item_embedder.mask_embedding.weight": ours["mask_embedding"][None],
         "item_embedder.position.pe.weight": ours["position_embedding"],
-        "_head.out_bias": ours["output_bias"],
+        "_head.out_bias": ours["head_bias"],
     }
     for number in range(sum(name.endswith(".in_bias") for name in ours)):
         for theirs, name in BERT_BLOCK_NAMES.items():

@@ -7,6 +7,8 @@ No figure is printed before losses and gradients have been found equal.
 """
 
 import argparse
+import contextlib
+import copy
 import dataclasses
 import json
 import subprocess
@@ -14,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import _padded
@@ -63,7 +65,13 @@ SHAPES = {
     "ml1m_sl200_d256": dataclasses.replace(_ML, embedding_dim=256),
     "tiny": Shape(100, 1, 1.0, 1.0, 12, 16, batch_size=8),
 }
-_NUM_NEGATIVES = {"ce": None, "cce": None, "bce": 1, "ce_minus": 64}
+_NUM_NEGATIVES = {
+    "ce": None, "cce": None, "bce": 1, "ce_minus": 64, "bce_plus": 64, "gbce": 64,
+    "cce_minus": 64, "sce": None,
+}  # fmt: skip
+_PEER_LOSSES = {"ce": "ce", "cce": "ce", "bce": "bce", "ce_minus": "ce_minus",
+                "cce_minus": "ce_minus"}  # fmt: skip
+"""The loss of the peer that is the same function of the data."""
 
 Seconds = tuple[float, float]
 """Wall and processor seconds of one step."""
@@ -158,11 +166,9 @@ def check_padded(model: Any, spec: RunSpec, batch: PackedBatch) -> None:
     """Loss and gradients of the packed model against the padded one, without dropout."""
     plain = _without_dropout(model, spec)
     loss = make_loss(spec, model.output_weight.shape[0])
-    padded = _padded.lay_out(plain, batch)
+    padded = _padded.PaddedBatch(batch, spec, seed=0)
     found = _loss_and_gradients(plain, loss, lambda: plain.predictions(batch, 0))
-    wanted = _loss_and_gradients(
-        plain, loss, lambda: padded.predictions(plain, spec.num_heads, 0.0, all_positions=False)
-    )
+    wanted = _loss_and_gradients(plain, loss, lambda: padded.predictions(plain, 0.0))
     for name, value in found.items():
         error = (value - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-12)
         if not error < _TOLERANCE:
@@ -187,57 +193,56 @@ def _loss_and_gradients(
     return {"loss": value.detach(), **found}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _variants(
     model: Any, spec: RunSpec, batches: list[PackedBatch], shape: Shape, options: Any
 ) -> Iterator[Mapping[str, Callable[[int], Seconds]]]:
     """Steps by name, each from a batch's number to its seconds."""
     loss = make_loss(spec, shape.num_items)
-    layouts = [_padded.lay_out(model, batch) for batch in batches]
+    layouts = [_padded.PaddedBatch(batch, spec, seed=n) for n, batch in enumerate(batches)]
 
     def packed(trained: Any, number: int) -> Predictions:
         return trained.predictions(batches[number], number)  # type: ignore[no-any-return]
 
-    def padded(trained: Any, number: int, *, all_positions: bool) -> Predictions:
-        return layouts[number].predictions(
-            trained, spec.num_heads, spec.dropout_rate, all_positions=all_positions
-        )
+    def padded(trained: Any, number: int, *, all_positions: bool = False) -> Predictions:
+        return layouts[number].predictions(trained, spec.dropout_rate, all_positions=all_positions)
 
     steps = {
         "packed": _Step(model, loss, packed),
-        "padded, valid logits": _Step(
-            model, loss, lambda m, n: padded(m, n, all_positions=False)
-        ),
+        "padded, valid logits": _Step(model, loss, padded),
     }
-    if spec.loss == "ce":
+    if spec.loss in ("ce", "cce"):
         steps["padded, all logits"] = _Step(
-            model, loss, lambda m, n: padded(m, n, all_positions=True)
+            model, _naive_cross_entropy, lambda m, n: padded(m, n, all_positions=True)
         )
-    if not options.peer_python:
+    if not options.peer_python or spec.loss not in _PEER_LOSSES:
         yield steps
         return
     names = {"replay": spec.model}
-    if spec.model == "sasrec" and spec.loss == "ce":
+    if spec.model == "sasrec" and _PEER_LOSSES[spec.loss] == "ce":
         names["replay, new network"] = "sasrec_network"
-    peers = {
-        name: _Peer(peer, model, spec, batches, layouts, shape, options)
-        for name, peer in names.items()
-    }
-    try:
-        if spec.loss == "ce":
+    with contextlib.ExitStack() as stack:
+        peers = {
+            name: stack.enter_context(
+                contextlib.closing(_Peer(peer, model, spec, batches, layouts, shape, options))
+            )
+            for name, peer in names.items()
+        }
+        if _PEER_LOSSES[spec.loss] == "ce":
             _check_peer(peers["replay"], model, spec, batches[0])
         yield {**steps, **{name: peer.step for name, peer in peers.items()}}
-    finally:
-        for peer in peers.values():
-            peer.close()
+
+
+def _naive_cross_entropy(
+    made: Predictions, weight: Tensor, bias: Tensor | None, number: int
+) -> Tensor:
+    return F.cross_entropy(F.linear(made.hidden, weight, bias), made.targets)
 
 
 class _Step:
     """Forward, backward and fused Adam on a copy of the model."""
 
     def __init__(self, model: Any, loss: Any, predict: Any) -> None:
-        import copy
-
         self._model = copy.deepcopy(model).train()
         self._loss, self._predict = loss, predict
         self._optimizer = torch.optim.Adam(
@@ -277,6 +282,7 @@ class _Peer:
         folder = Path(self._folder.name)
         job = spec.to_dict() | {
             "peer": peer,
+            "loss": _PEER_LOSSES[spec.loss],
             "num_items": shape.num_items,
             "num_batches": len(batches),
             "threads": options.threads,
@@ -294,7 +300,8 @@ class _Peer:
 
     def ask(self, command: str) -> dict[str, float]:
         """Send a command and wait for its answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
@@ -315,8 +322,11 @@ class _Peer:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended before reading all
+            self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
         self._errors.close()
         self._folder.cleanup()
 

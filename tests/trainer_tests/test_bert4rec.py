@@ -13,10 +13,11 @@ from padded_reference import to_windows
 from db.spec import RunSpec, RunStatus
 from trainer.data.batches import PackedSequences
 from trainer.loop import train
-from trainer.losses import cross_entropy, make_loss
+from trainer.losses import make_loss
 from trainer.models.bert4rec import BERT4Rec, mask_tokens
 from trainer.models.build import build_model
 from trainer.models.network import Predictions
+from trainer.plain_losses import cross_entropy
 
 
 def pack(sequences, max_seq_len=10):
@@ -256,6 +257,11 @@ LOSSES = [
     {"loss": "ce"},
     {"loss": "bce", "num_negatives": 1},
     {"loss": "ce_minus", "num_negatives": 7},
+    {"loss": "cce"},
+    {"loss": "cce_minus", "num_negatives": 7},
+    {"loss": "bce_plus", "num_negatives": 7},
+    {"loss": "gbce", "num_negatives": 7},
+    {"loss": "sce", "sce_bucket_size_y": 8},
 ]
 
 
@@ -285,6 +291,21 @@ def test_item_biases_take_part_in_every_loss(fields):
     loss(made, model.output_weight, model.output_bias, 0).backward()
     assert model.head_bias.grad.abs().sum() > 0
     assert model.mask_embedding.grad.abs().sum() > 0
+
+
+def test_fused_softmax_equals_the_plain_one_with_item_biases():
+    batch = pack(random_sequences(9), 12)
+    found = {}
+    for loss in ("ce", "cce"):
+        spec = make_spec(loss=loss, dropout_rate=0.0, precision="fp32")
+        model = build_model(spec, 40)
+        model.reset_parameters(torch.Generator().manual_seed(2))
+        made = model.predictions(batch, 1)
+        value = make_loss(spec, 40)(made, model.output_weight, model.output_bias, 0)
+        value.backward()
+        found[loss] = [value.detach(), *(p.grad for p in model.parameters())]
+    for plain, fused in zip(found["ce"], found["cce"], strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-4)
 
 
 def test_training_learns_the_walk_from_both_sides(dataset, recorder):
