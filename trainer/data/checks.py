@@ -129,6 +129,8 @@ class RowChecker:
         keep = self._select(columns, refuse) & ~bad
         self._note_units(units, ~bad, lines)
         self._report.num_selected_rows += int(np.count_nonzero(keep))
+        if keep.all():
+            return Chunk(ids["user"], ids["item"], times)
         mask = pa.array(keep)
         return Chunk(ids["user"].filter(mask), ids["item"].filter(mask), times[keep])
 

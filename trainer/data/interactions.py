@@ -109,12 +109,17 @@ class InteractionsSource:
             yield chunk
 
 
+LOOKUP_LIMIT = 1 << 26
+"""Whole-number ids below it are numbered through a table of at most 256 MiB, others by hashing."""
+
+
 class IdEncoder:
     """Numbers ids 0, 1, ... in order of first appearance, chunk by chunk."""
 
     def __init__(self) -> None:
         self._tables: list[Any] = []
         self._size = 0
+        self._lookup: Int32Array | None = np.full(1024, -1, dtype=np.int32)
 
     def __len__(self) -> int:
         return self._size
@@ -131,6 +136,12 @@ class IdEncoder:
         -------
         ndarray, shape (n,), int32
         """
+        if self._lookup is not None and len(ids):
+            if pa.types.is_integer(ids.type):
+                numbers = ids.to_numpy(zero_copy_only=False)
+                if numbers.min() >= 0 and numbers.max() < LOOKUP_LIMIT:
+                    return self._look_up(numbers)
+            self._lookup = None
         encoded = pc.dictionary_encode(ids)
         distinct = encoded.dictionary
         known = self.table()
@@ -140,10 +151,7 @@ class IdEncoder:
             found = pc.index_in(distinct, value_set=known)
             codes = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int32)
         new = np.flatnonzero(codes < 0)
-        if len(new):
-            codes[new] = np.arange(self._size, self._size + len(new), dtype=np.int32)
-            self._tables.append(distinct.take(pa.array(new)))
-            self._size += len(new)
+        codes[new] = self._add(distinct.take(pa.array(new)))
         result: Int32Array = codes[encoded.indices.to_numpy(zero_copy_only=False)]
         return result
 
@@ -153,6 +161,35 @@ class IdEncoder:
             self._tables = [pa.concat_arrays(self._tables)]
         return self._tables[0] if self._tables else None
 
+    def _look_up(self, numbers: Int64Array) -> Int32Array:
+        lookup = self._lookup
+        assert lookup is not None
+        if numbers.max() >= len(lookup):
+            size = min(LOOKUP_LIMIT, 2 * int(numbers.max()) + 1)
+            lookup = np.concatenate([lookup, np.full(size - len(lookup), -1, dtype=np.int32)])
+            self._lookup = lookup
+        codes: Int32Array = lookup[numbers]
+        new = np.flatnonzero(codes < 0)
+        if len(new):
+            unseen = numbers[new]
+            places = np.arange(len(unseen), dtype=np.int32)
+            # Of several assignments to one place the last one holds: go backwards.
+            lookup[unseen[::-1]] = places[::-1]
+            distinct = unseen[lookup[unseen] == places]
+            lookup[distinct] = self._add(pa.array(distinct))
+            codes[new] = lookup[unseen]
+        return codes
+
+    def _add(self, ids: Any) -> Int32Array:
+        """The next codes, given to distinct ids not seen before."""
+        if len(ids):
+            self._tables.append(ids)
+        self._size += len(ids)
+        return np.arange(self._size - len(ids), self._size, dtype=np.int32)
+
+
+BLOCK_ROWS = 1 << 21
+"""Rows worked on at a time: small enough for caches, large enough for vectors."""
 
 _COLUMNS: tuple[tuple[str, type[np.generic]], ...] = (
     ("users", np.int32),
@@ -171,7 +208,7 @@ class InteractionLog:
     folder : Path
         Where rows go that memory must not hold; made when first needed.
     memory_rows : int
-        Rows kept in memory, and rows of each block that is read back from files.
+        Rows kept in memory; beyond them all go to files.
     in_files : bool
         Whether rows go to files from the first one on.
     """
@@ -201,15 +238,14 @@ class InteractionLog:
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Number of the first row, and the columns, of consecutive blocks of rows."""
         if not self._spilled:
-            if len(self._chunks) > 1:
-                columns = zip(*self._chunks, strict=True)
-                users, items, times = (np.concatenate(column) for column in columns)
-                self._chunks = [(users, items, times)]
-            if self._chunks:
-                yield 0, self._chunks[0]
+            start = 0
+            for block in self._chunks:
+                yield start, block
+                start += len(block[0])
             return
-        for start in range(0, self._size, self._memory_rows):
-            count = min(self._memory_rows, self._size - start)
+        size = min(self._memory_rows, BLOCK_ROWS)
+        for start in range(0, self._size, size):
+            count = min(size, self._size - start)
             users, items, times = (
                 # Read, not mapped: touched pages of a mapping would count as resident memory.
                 np.fromfile(self._folder / name, dtype, count, offset=start * dtype().itemsize)

@@ -33,7 +33,7 @@ from trainer.data.split import (
     split_leave_one_out,
 )
 
-DEFAULT_MEMORY_ROWS = 1 << 24
+DEFAULT_MEMORY_ROWS = 1 << 25
 """Rows held in memory at once; larger inputs go through files beside the output."""
 
 RULE_VERSIONS = {"filter": 1, "split": 1, "encoding": 1}

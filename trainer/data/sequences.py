@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.interactions import Block, Int32Array, Int64Array, InteractionLog
+from trainer.data.interactions import BLOCK_ROWS, Block, Int32Array, Int64Array, InteractionLog
 from trainer.data.split import Split
 
 MAX_PARTITION_USERS = 1 << 16
@@ -86,7 +86,7 @@ def plan_sequences(split: Split, num_items: int) -> SequencePlan:
 
 
 def write_sequences(
-    log: InteractionLog, plan: SequencePlan, folder: Path, partition_rows: int
+    log: InteractionLog, plan: SequencePlan, folder: Path, memory_rows: int
 ) -> SequenceStatistics:
     """Write `items.npy` and `timestamps.npy`, users in order, each oldest row first.
 
@@ -100,8 +100,8 @@ def write_sequences(
         Final numbers and places.
     folder : Path
         Where the arrays go.
-    partition_rows : int
-        Rows sorted at a time; a single user with more rows is a partition of its own.
+    memory_rows : int
+        Most rows sorted at a time; a single user with more rows is a partition of its own.
     """
     statistics = SequenceStatistics(
         item_counts=np.zeros(plan.num_items, dtype=np.int64),
@@ -113,10 +113,9 @@ def write_sequences(
     with (folder / "items.npy").open("wb") as items, (folder / "timestamps.npy").open("wb") as time:
         _write_header(items, np.int32, num_rows)
         _write_header(time, np.int64, num_rows)
-        bounds = _partition_bounds(plan.offsets, partition_rows)
-        for number, rows in enumerate(
-            _partitions(log, plan, bounds, folder / "partitions", partition_rows)
-        ):
+        bounds = _partition_bounds(plan.offsets, min(memory_rows, BLOCK_ROWS))
+        parts = _partitions(log, plan, bounds, folder / "partitions", memory_rows)
+        for number, rows in enumerate(parts):
             first, last = int(bounds[number]), int(bounds[number + 1])
             columns = _sort_rows(rows, first)
             columns[1].tofile(items)
@@ -146,9 +145,10 @@ def _partitions(
 ) -> Iterator[Block]:
     """Rows of each partition with final numbers, in the order of the log."""
     num_partitions = len(bounds) - 1
-    partition_of = np.repeat(np.arange(num_partitions), np.diff(bounds)).astype(np.uint16)
-    if num_partitions > np.iinfo(np.uint16).max:
-        partition_of = np.repeat(np.arange(num_partitions), np.diff(bounds)).astype(np.uint32)
+    # 16 bits are sorted in linear time.
+    narrow = num_partitions <= np.iinfo(np.uint16).max
+    numbers = np.arange(num_partitions, dtype=np.uint16 if narrow else np.uint32)
+    partition_of = np.repeat(numbers, np.diff(bounds))
     in_files = log.spilled
     parts = [
         InteractionLog(
@@ -160,6 +160,9 @@ def _partitions(
         users, items = plan.user_codes[user_codes], plan.item_codes[item_codes]
         # Every user with a catalog item has a number, so the item alone decides.
         rows = np.flatnonzero(items >= 0)
+        if num_partitions == 1:
+            parts[0].append(users[rows], items[rows], block_times[rows])
+            continue
         part = partition_of[users[rows]]
         rows = rows[np.argsort(part, kind="stable")]
         ends = np.cumsum(np.bincount(part, minlength=num_partitions))
