@@ -139,7 +139,7 @@ def temporary_server(
     *, durable: bool = False, settings: dict[str, str] | None = None
 ) -> Iterator[PostgresServer]:
     """A running server in a new temporary folder, both gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="srsweep-pg-"))
+    folder = Path(tempfile.mkdtemp(prefix="srsweep-pg-", dir=None if durable else _memory()))
     _give(folder)
     server = None
     try:
@@ -150,6 +150,14 @@ def temporary_server(
         if server is not None:
             server.stop(immediate=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _memory(needed: int = 4 * 2**30) -> str | None:
+    """Folder in memory with room for a test run; None for the usual temporary folder."""
+    place = "/dev/shm"
+    if not os.path.isdir(place) or shutil.disk_usage(place).free < needed:
+        return None
+    return place
 
 
 def installation(folder: Path) -> Path:

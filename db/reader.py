@@ -92,7 +92,7 @@ def _engine(url: str, timeout_seconds: float) -> Engine:
         if not path.exists():
             raise StoreError(f"{shown(url)} does not exist; `srsweep launch` makes it")
         return sa.create_engine(
-            "sqlite+pysqlite://",
+            parsed,
             creator=lambda: _open_sqlite(path, timeout_seconds),
             poolclass=NullPool,
         )

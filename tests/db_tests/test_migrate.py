@@ -1,0 +1,169 @@
+"""Schema versions: migrations make what the metadata says, and strangers are refused."""
+
+import subprocess
+import sys
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from db import migrate, query
+from db.connect import shown, write_engine
+from db.errors import SchemaVersionError, StoreError
+from db.schema import METRIC_SUMMARY_COLUMNS, SCHEMA_VERSION, SPEC_COLUMNS, VIEWS, metadata
+from db.store import RunStore
+
+
+@pytest.fixture
+def engine(empty_url):
+    made = write_engine(empty_url)
+    yield made
+    made.dispose()
+
+
+def test_migrations_make_exactly_the_metadata(empty_url, engine):
+    RunStore.open(empty_url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_migrations_make_the_same_sql_as_the_metadata(databases):
+    """Constraints, partial indices, WITHOUT ROWID and views, which alembic does not compare."""
+
+    def objects(url):
+        engine = write_engine(url)
+        with engine.connect() as connection:
+            rows = connection.execute(
+                sa.text("SELECT type, name, sql FROM sqlite_master WHERE name <> 'alembic_version' "
+                        "AND tbl_name <> 'alembic_version' ORDER BY 1, 2")
+            ).all()  # fmt: skip
+        engine.dispose()
+        return {(row.type, row.name): _words(row.sql) for row in rows}
+
+    def _words(sql):
+        if sql is None:
+            return sql
+        head, _, body = sql.partition("(")
+        if head.startswith("CREATE TABLE"):
+            return head.split(), sorted(" ".join(line.split()).rstrip(",") for line in
+                                        body.splitlines())  # fmt: skip
+        return sql.split()
+
+    migrated = databases.sqlite(empty=True)
+    RunStore.open(migrated)
+    direct = databases.sqlite(empty=True)
+    engine = write_engine(direct)
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        for name, sql in VIEWS.items():
+            connection.exec_driver_sql(f"CREATE VIEW {name} AS {sql}")
+    engine.dispose()
+    assert objects(migrated) == objects(direct)
+
+
+def test_the_view_is_the_same_on_postgresql(databases):
+    url = databases.postgres(empty=True)
+    RunStore.open(url)
+    engine = write_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE VIEW again AS {VIEWS['run_steps']}")
+        definitions = {
+            name: connection.execute(sa.select(sa.func.pg_get_viewdef(name))).scalar_one()
+            for name in ("run_steps", "again")
+        }
+    engine.dispose()
+    assert definitions["run_steps"] == definitions["again"]
+
+
+def test_the_newest_migration_is_the_version_of_the_code():
+    script = ScriptDirectory.from_config(migrate._config())
+    assert script.get_current_head() == SCHEMA_VERSION
+
+
+def test_columns_are_derived_from_the_vocabulary(store_url):
+    engine = write_engine(store_url)
+    inspector = sa.inspect(engine)
+    runs = {column["name"]: column for column in inspector.get_columns("runs")}
+    assert set(SPEC_COLUMNS) < set(runs)
+    assert runs["num_negatives"]["nullable"]
+    assert not runs["precision"]["nullable"]
+    assert not runs["batch_size"]["nullable"]
+    summary = {column["name"] for column in inspector.get_columns("run_summary")}
+    assert set(METRIC_SUMMARY_COLUMNS) < summary
+    assert "run_steps" in inspector.get_view_names()
+    engine.dispose()
+
+
+def test_opening_twice_changes_nothing(empty_url):
+    RunStore.open(empty_url)
+    assert RunStore.open(empty_url, upgrade=True).sweeps() == []
+
+
+def test_three_first_openings_at_once(empty_url):
+    code = "import sys; from db.store import RunStore; RunStore.open(sys.argv[1])"
+    command = [sys.executable, "-c", code, empty_url]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (0, "")
+    assert RunStore.open(empty_url).sweeps() == []
+
+
+def _set_version(engine, version):
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{version}'")
+
+
+def test_a_newer_schema_is_refused(empty_url, engine):
+    RunStore.open(empty_url)
+    _set_version(engine, "9999")
+    for opened in (
+        lambda: RunStore.open(empty_url),
+        lambda: RunStore.open(empty_url, upgrade=True),
+        lambda: query.rows(empty_url, "SELECT 1 AS one"),
+    ):
+        with pytest.raises(SchemaVersionError, match=f"schema 9999, newer than {SCHEMA_VERSION}"):
+            opened()
+
+
+def test_an_older_schema_names_the_command(empty_url, engine, monkeypatch):
+    RunStore.open(empty_url)
+    monkeypatch.setattr(migrate, "SCHEMA_VERSION", "0002")
+    for opened in (
+        lambda: RunStore.open(empty_url),
+        lambda: query.rows(empty_url, "SELECT 1 AS one"),
+    ):
+        with pytest.raises(SchemaVersionError) as caught:
+            opened()
+        message = str(caught.value)
+        assert "schema 0001, older than 0002" in message
+        assert f"srsweep db upgrade --db {shown(empty_url)}" in message
+
+
+def test_tables_of_others_are_left_alone(empty_url, engine):
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE runs (name TEXT)")
+    with pytest.raises(StoreError, match="holds tables that are not srsweep's"):
+        RunStore.open(empty_url)
+    assert sa.inspect(engine).get_table_names() == ["runs"]
+
+
+def test_an_empty_database_has_nothing_to_read(empty_url, engine):
+    with engine.connect():
+        pass
+    with pytest.raises(StoreError, match=r"is empty; `srsweep launch`"):
+        query.rows(empty_url, "SELECT 1 AS one")
+
+
+def test_sqlite_uses_a_write_ahead_log(databases):
+    url = databases.sqlite(empty=True)
+    RunStore.open(url)
+    engine = write_engine(url)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1
+    engine.dispose()
