@@ -37,6 +37,8 @@ SCORE_COLUMNS: tuple[str, ...] = ("dataset", "metric", "scheme", "r2", "low", "h
 MIN_POINTS = 10
 """Fewer points make no five folds worth the name."""
 _FOLDS = 5
+_WORTH_PROCESSES = 600
+"""Rows of all cases below which starting processes takes longer than the work."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def importances(
         Processes; the numbers do not depend on it.
     """
     cases, notes = _cases(frame, metrics, full_catalog)
+    if sum(len(case.target) for case in cases) < _WORTH_PROCESSES:
+        jobs = 1
     work: Iterable[_Fitted] = Parallel(n_jobs=jobs)(
         delayed(_fit_case)(case, repeats, permutations, seed) for case in cases
     )
@@ -239,7 +243,9 @@ def _fit_case(case: _Case, repeats: int, permutations: int, seed: int) -> _Fitte
     out_of_sample = float(np.mean([item.r2 for item in held_out]))
 
     def row(method: Method, parameter: str, values: Floats, at: float | None = None) -> Importance:
-        low, high = np.quantile(values, [0.025, 0.975]) if len(values) > 1 else (None, None)
+        # five seeds of a forest have no quantiles, only extremes
+        levels = [0.0, 1.0] if method == "impurity" else [0.025, 0.975]
+        low, high = np.quantile(values, levels) if len(values) > 1 else (None, None)
         return Importance(
             case.dataset, case.metric, parameter, method,
             float(np.mean(values)) if at is None else float(at),

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.association import Associations, associations
 from analysis.cache import ResultCache, content_key
+from analysis.findings import Findings, findings
 from analysis.frame import (
     MEMORY,
     QUALITY,
@@ -39,6 +40,7 @@ from analysis.plots.importances import importances_figure
 from analysis.plots.negatives import Bars, negatives_figure
 from analysis.plots.style import Drawing
 from analysis.plots.tradeoff import tradeoff_data, tradeoff_figure
+from analysis.saturation import saturation_frame, saturations
 from db.errors import AnalysisError
 
 Result = TypeVar("Result")
@@ -189,10 +191,11 @@ class _Writer:
         self.report.notes += notes
         found = self._stage("associations", lambda: self._associations(alike))
         weighed = self._stage("importances", lambda: self._importances(alike))
+        judged = self._stage("findings", lambda: self._findings(runs.frame, weighed))
         self._stage("trade-off", lambda: self._tradeoff(measured, runs.infeasible))
         self._stage("figures", lambda: self._figures(alike, found, weighed))
         self._table("runs", _runs_table(runs))
-        self._stage("page", lambda: self._page(runs))
+        self._stage("page", lambda: self._page(runs, judged))
         self.report.computed = self.cache.computed
         self.cache.prune()
 
@@ -233,12 +236,21 @@ class _Writer:
         self.report.notes += found.notes
         return found
 
+    def _findings(self, frame: pd.DataFrame, weighed: Importances) -> Findings:
+        found = self.cache.get(
+            "findings", (frame, weighed.to_frame()), lambda: findings(frame, weighed)
+        )
+        self._table("findings", found.to_frame())
+        self._table("findings_runs", found.runs_frame())
+        return found
+
     def _tradeoff(self, frame: pd.DataFrame, infeasible: pd.DataFrame) -> None:
         for name, objectives in OBJECTIVES.items():
             fronts = pareto_fronts(frame, objectives)
             columns = ["dataset", "run_key", *objectives]
             tables = [front.to_frame() for front in fronts]
             self._table(name, pd.concat(tables) if tables else pd.DataFrame(columns=columns))
+        self._table("saturation", saturation_frame(saturations(frame)))
         self._table("budgets", best_under_budget(frame))
         self._table("marginal_gains", marginal_gains(frame))
         self._table("hypervolume", hypervolume_by_seed(frame, OBJECTIVES["pareto"]))
@@ -252,13 +264,14 @@ class _Writer:
         for method in METHODS:
             self._draw(importances_figure(weighed, method))
 
-    def _page(self, runs: Runs) -> None:
+    def _page(self, runs: Runs, judged: Findings) -> None:
         page = Page(
             runs=runs,
             drawings=tuple(self.drawings),
             tables=tuple(self.tables),
             notes=tuple(dict.fromkeys(self.report.notes)),
             options=asdict(self.options),
+            verdicts=judged.texts_frame(),
         )
         self.report.index.write_text(render_page(page, self.report.folder), encoding="utf-8")
         self.report.files.append(self.report.index)
