@@ -2,6 +2,7 @@
 
 import datetime as dt
 import gzip
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -109,8 +110,7 @@ def test_a_few_bad_rows_are_counted_and_shown(tmp_path, block_bytes):
     lines[302] = f"1,2,{int(dt.datetime(2200, 1, 1, tzinfo=dt.UTC).timestamp())}"
     write(tmp_path, lines)
     source = open_source("csv", tmp_path / "a.csv")
-    object.__setattr__(source, "block_bytes", block_bytes)
-    dataset = prepare(source, tmp_path / "out")
+    dataset = prepare(replace(source, block_bytes=block_bytes), tmp_path / "out")
     counts = dataset.meta["counts"]
     assert counts["bad_rows"] == 6
     assert counts["raw_rows"] == len(GOOD) - 1
