@@ -416,8 +416,14 @@ def _in_display_unit(name: str, value: float | None) -> str:
     return f"{value * 1000:.2f} ms" if name == "step_seconds" else f"{value:.2f} s"
 
 
-def _with_spec_options(function: Any) -> Any:
-    """Give a command that takes **fields an option for every field of a run."""
+def with_spec_options(function: Any) -> Any:
+    """Give a command that takes **fields an option for every field of a run.
+
+    Parameters
+    ----------
+    function : callable
+        Its other parameters keep their options.
+    """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     dataset, *others = spec_options()
@@ -428,4 +434,4 @@ def _with_spec_options(function: Any) -> Any:
     return function
 
 
-train = _with_spec_options(train_command)
+train = with_spec_options(train_command)
