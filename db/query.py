@@ -126,9 +126,14 @@ def runs(
     with connected(url) as connection:
         if sweep is not None:
             query = query.where(_in_sweeps(connection, [sweep]))
-        found = connection.execute(query)
-        names = list(found.keys())
-        return [dict(zip(names, row, strict=True)) for row in found.all()]
+        return listed(connection, query)
+
+
+def listed(connection: sa.Connection, query: sa.Select[Any] | None = None) -> list[dict[str, Any]]:
+    """Rows of the listing on an open connection; all runs without a query."""
+    found = connection.execute(_ordered(_listing(), None) if query is None else query)
+    names = list(found.keys())
+    return [dict(zip(names, row, strict=True)) for row in found.all()]
 
 
 def summary_frame(
