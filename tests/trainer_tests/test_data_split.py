@@ -311,6 +311,31 @@ def test_all_rows_at_one_time(tmp_path):
         prepare(source_of(rows), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["test_fraction", "validation_fraction"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, float("nan")])
+def test_shares_outside_their_range(name, value):
+    with pytest.raises(DataError, match=f"{name}={value} is not between 0 and 1"):
+        SplitOptions(**{name: value})
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
+def test_other_shares_move_the_cutoff(tmp_path, fraction):
+    rows = random_rows(4, times=100_000)
+    split = SplitOptions(test_fraction=fraction, validation_fraction=0.2)
+    filters = FilterOptions(min_item_count=1, min_user_count=1)
+    dataset = prepare(source_of(rows), tmp_path / "out", split=split, filters=filters)
+    times = sorted(time for _, _, time in rows)
+    assert dataset.meta["split"]["cutoff_time"] == times[int(len(times) * (1 - fraction))]
+
+
+def test_fingerprint_is_pinned(tmp_path):
+    """Runs are keyed by it: a change of rules or of format must change it on purpose."""
+    rows = [(user, item, 100 * item + user) for user in range(30) for item in range(9)]
+    dataset = prepare(source_of(rows), tmp_path / "out")
+    expected = "b91e7d515d6aabe6524e6715e130491240dea873c4bba464340b348ef1572411"
+    assert dataset.fingerprint == expected
+
+
 def test_output_folder_is_never_half_written(tmp_path):
     rows = random_rows(1)
     first = prepare(source_of(rows), tmp_path / "out")

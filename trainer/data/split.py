@@ -36,7 +36,13 @@ class FilterOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """Which events train, validate and test."""
+    """Which events train, validate and test.
+
+    Raises
+    ------
+    DataError
+        A share that is not between 0 and 1.
+    """
 
     kind: SplitKind = "global_temporal"
     """One cutoff in time for all users (the paper's), or each user's last two events held out."""
@@ -46,6 +52,15 @@ class SplitOptions:
     """Share of the training users set aside for validation (global_temporal)."""
     validation_seed: int = 42
     """Seed of the draw of validation users (global_temporal)."""
+
+    def __post_init__(self) -> None:
+        for name in ("test_fraction", "validation_fraction"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise DataError(
+                    f"{name}={value} is not between 0 and 1 (both excluded): each part of the "
+                    "split needs rows; use --split leave-one-out to hold out each user's last two"
+                )
 
 
 @dataclass(frozen=True)
