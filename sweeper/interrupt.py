@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception in the main thread, with the exit code a shell expects."""
+"""Ctrl-C and SIGTERM: noticed at once, acted upon where nothing is left half done."""
 
 import contextlib
 import os
@@ -25,30 +25,70 @@ class Interruption(BaseException):
         self.number = number
 
 
+class Signals:
+    """Whether a signal to stop has come.
+
+    Nothing is raised from the handler itself: Ray turns an exception that a handler raises inside
+    its C++ code into a SystemError and goes on.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._came = threading.Event()
+
+    def check(self) -> None:
+        """Return unless a signal has come.
+
+        Raises
+        ------
+        Interruption
+            One has.
+        """
+        if self._number is not None:
+            raise Interruption(self._number)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but no longer than until a signal comes.
+
+        Raises
+        ------
+        Interruption
+            One has come.
+        """
+        self._came.wait(seconds)
+        self.check()
+
+    def take(self, number: int) -> None:
+        """Note a signal."""
+        self._number = number
+        self._came.set()
+
+
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise `Interruption` on the first SIGINT or SIGTERM.
+def interruptible() -> Iterator[Signals]:
+    """Take SIGINT and SIGTERM as wishes to stop.
 
     A repeat within two seconds is taken for the same wish (a terminal and `make` both send one);
     a later one ends the process at once. Outside the main thread, where Python delivers no
     signals, nothing is changed.
     """
+    signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
     first: list[float] = []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         if not first:
             first.append(time.monotonic())
-            raise Interruption(number)
-        if time.monotonic() - first[0] > _PATIENCE_SECONDS:
+            signals.take(number)
+        elif time.monotonic() - first[0] > _PATIENCE_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import secrets
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from db.store import DatasetRecord, PlannedRun, RunStore
 from sweeper.device import num_local_cpus, num_local_gpus, process_is_alive, process_space
 from sweeper.feasibility import CatalogSize, check_negatives, check_resources, dominated
 from sweeper.grid import Grid, Resources
-from sweeper.interrupt import Interruption, interruptible
+from sweeper.interrupt import Interruption, Signals, interruptible
 from sweeper.monitor import Monitor
 from sweeper.plan import (
     History,
@@ -124,21 +123,18 @@ def launch(grid: Grid, options: LaunchOptions, display: Display) -> Outcome:
             "a sweep over several hosts needs PostgreSQL: SQLite is a file on one of them; "
             "give --db postgresql://..., or leave out --address"
         )
-    with interruptible():
+    with interruptible() as signals:
         if options.address is not None:
             with ray_session(options.address) as session:
                 cpus, gpus = session.largest_node
                 sweep = _Sweep(grid, options, cpus, gpus, display, "the cluster's largest node")
-                return sweep.carry_out(session)
+                return sweep.carry_out(session, signals)
         cpus, gpus = _local_size(options, options.resources or grid.resources)
         sweep = _Sweep(grid, options, cpus, gpus, display, "this machine")
         if not sweep.unfinished():
             return sweep.outcome()
-        try:
-            with ray_session(None, cpus=cpus, gpus=gpus) as session:
-                return sweep.carry_out(session)
-        except Interruption as interruption:
-            return sweep.interrupted(interruption)
+        with ray_session(None, cpus=cpus, gpus=gpus) as session:
+            return sweep.carry_out(session, signals)
 
 
 def _local_size(options: LaunchOptions, resources: Resources) -> tuple[float, float]:
@@ -257,11 +253,11 @@ class _Sweep:
         """State of the sweep now."""
         return Outcome(self._snapshot(), **how)
 
-    def carry_out(self, session: Session) -> Outcome:
+    def carry_out(self, session: Session, signals: Signals) -> Outcome:
         """Plan and run rounds until nothing is pending and nothing lives."""
         try:
             with Monitor(self._look_after, self._options.poll_seconds, self._display.note):
-                self._rounds(session)
+                self._rounds(session, signals)
         except Interruption as interruption:
             return self.interrupted(interruption)
         return self.outcome(drained=self._drain)
@@ -277,17 +273,18 @@ class _Sweep:
         end_attempts(self._options.database, own, AttemptStatus.CANCELLED, f"{interruption}")
         return self.outcome(interrupted_by=interruption.number)
 
-    def _rounds(self, session: Session) -> None:
+    def _rounds(self, session: Session, signals: Signals) -> None:
         from sweeper.tuning import run_tasks
 
         idle = 0
         while True:
+            signals.check()
             self._free_orphans()
             tasks = [] if self._drain else self._plan()
             if not tasks:
                 if self._drain or not self._running():
                     return
-                time.sleep(self._options.poll_seconds)
+                signals.sleep(self._options.poll_seconds)
                 continue
             before = self._num_attempts()
             try:
@@ -296,6 +293,7 @@ class _Sweep:
                     self._settings,
                     session.folder,
                     self._take,
+                    signals.check,
                     max_concurrent=self._options.max_concurrent,
                 )
             except Exception as error:

@@ -37,23 +37,26 @@ class RunTrainable(tune.Trainable):
         """Load nothing."""
 
 
-_takers: dict[str, Callable[[dict[str, Any]], None]] = {}
+_rounds: dict[str, tuple[Callable[[dict[str, Any]], None], Callable[[], None]]] = {}
 
 
 class _Feed(tune.Callback):
     """Passes on what workers returned; touches neither disk nor network.
 
-    Tune copies and pickles its callbacks, so only the name of the taker is kept here.
+    Tune copies and pickles its callbacks, so only the name of the round is kept here.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        _rounds[self._name][1]()
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        _takers[self._name](dict(trial.last_result or {}))
+        _rounds[self._name][0](dict(trial.last_result or {}))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        _takers[self._name]({"key": trial.config["task"]["key"], "outcome": "vanished"})
+        _rounds[self._name][0]({"key": trial.config["task"]["key"], "outcome": "vanished"})
 
 
 def run_tasks(
@@ -61,6 +64,7 @@ def run_tasks(
     settings: WorkerSettings,
     folder: Path,
     take: Callable[[dict[str, Any]], None],
+    check: Callable[[], None],
     *,
     max_concurrent: int | None = None,
 ) -> list[str]:
@@ -76,6 +80,8 @@ def run_tasks(
         Where Tune may keep its own files.
     take : callable
         Called in this thread with what each worker returned.
+    check : callable
+        Called in this thread several times a second; what it raises ends the round.
     max_concurrent : int, optional
         Most runs at a time.
 
@@ -107,11 +113,11 @@ def run_tasks(
             callbacks=[_Feed(name)],
         ),
     )
-    _takers[name] = take
+    _rounds[name] = (take, check)
     try:
         results = tuner.fit()
     finally:
-        del _takers[name]
+        del _rounds[name]
     return [_first_cause(error) for error in results.errors]
 
 

@@ -68,13 +68,14 @@ class Planner:
         self.sessions.append((address, size))
         yield Session(self.journal.parent, self.nodes)
 
-    def run_tasks(self, tasks, settings, folder, take, *, max_concurrent=None):
+    def run_tasks(self, tasks, settings, folder, take, check, *, max_concurrent=None):
         self.settings = settings
         self.rounds.append(list(tasks))
         errors = []
         for task in tasks:
             try:
                 self.before_task(task)
+                check()
                 take(execute(task.key, settings, task.slot))
             except Exception as error:
                 errors.append(f"{type(error).__name__}: {error}")

@@ -143,12 +143,12 @@ def test_a_round_that_ray_ends_early_is_taken_up_again(planner):
     """The memory monitor of Ray makes `Tuner.fit` raise whatever max_failures says."""
     original, calls = planner.run_tasks, []
 
-    def run_tasks(tasks, settings, folder, take, **how):
+    def run_tasks(tasks, settings, folder, take, check, **how):
         calls.append(len(tasks))
         if len(calls) == 1:
-            original(tasks[:1], settings, folder, take, **how)
+            original(tasks[:1], settings, folder, take, check, **how)
             raise RuntimeError("Caught unexpected exception: OutOfMemoryError")
-        return original(tasks, settings, folder, take, **how)
+        return original(tasks, settings, folder, take, check, **how)
 
     sys.modules["sweeper.tuning"].run_tasks = run_tasks
     outcome = planner.launch(GRID.format(3))
@@ -189,7 +189,6 @@ def test_a_signal_frees_the_runs_at_once(planner, number):
                 task.key, describe_worker(planner.settings, task.slot), lease_seconds=600
             )
             os.kill(os.getpid(), number)
-            time.sleep(10)
 
     planner.before_task = interrupt
     before = signal.getsignal(number)
