@@ -98,6 +98,8 @@ def prepare(
         srsweep prepare --source parquet --input events.parquet --split leave-one-out
             --out data/events-loo
     """
+    from rich.console import Console
+
     from db.errors import DataError
     from trainer.data.download import PUBLIC_DATASETS
     from trainer.data.prepare import prepare as prepare_dataset
@@ -122,26 +124,28 @@ def prepare(
         id_type=id_type,  # type: ignore[arg-type]
         max_bad_rows=max_bad_rows,
     )
-    dataset = prepare_dataset(
-        open_source(
-            public.source if public else source,
-            input,
-            options,
-            rating_above=public.rating_above if public else None,
-        ),
-        out,
-        name=name,
-        filters=FilterOptions(
-            min_item_count=min_item_count, min_user_count=min_user_count, iterated=iterated
-        ),
-        split=SplitOptions(
-            kind="global_temporal" if split == "global-temporal" else "leave_one_out",
-            test_fraction=test_fraction,
-            validation_fraction=validation_fraction,
-        ),
-        memory_rows=memory_rows,
-        overwrite=overwrite,
-    )
+    with Console(stderr=True).status("open") as status:
+        dataset = prepare_dataset(
+            open_source(
+                public.source if public else source,
+                input,
+                options,
+                rating_above=public.rating_above if public else None,
+            ),
+            out,
+            name=name,
+            filters=FilterOptions(
+                min_item_count=min_item_count, min_user_count=min_user_count, iterated=iterated
+            ),
+            split=SplitOptions(
+                kind="global_temporal" if split == "global-temporal" else "leave_one_out",
+                test_fraction=test_fraction,
+                validation_fraction=validation_fraction,
+            ),
+            memory_rows=memory_rows,
+            overwrite=overwrite,
+            progress=lambda doing: status.update(doing),
+        )
     print_summary(dataset.meta, dataset.path, as_json=json)
 
 

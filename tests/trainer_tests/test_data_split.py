@@ -336,6 +336,13 @@ def test_fingerprint_is_pinned(tmp_path):
     assert dataset.fingerprint == expected
 
 
+def test_progress_is_told(tmp_path):
+    told = []
+    prepare(source_of(random_rows(1), chunk_rows=600), tmp_path / "out", progress=told.append)
+    assert told[:3] == ["read 600 rows", "read 1,200 rows", "read 1,500 rows"]
+    assert [line.split()[0] for line in told[3:]] == ["filter", "split", "sort"]
+
+
 def test_output_folder_is_never_half_written(tmp_path):
     rows = random_rows(1)
     first = prepare(source_of(rows), tmp_path / "out")

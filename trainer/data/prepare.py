@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ RULE_VERSIONS = {"filter": 1, "split": 1, "encoding": 1}
 DOMINANT_USER_SHARE = 0.1
 """Share of all rows from which on a single user is worth a warning."""
 
+Progress = Callable[[str], None]
+
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Levels at which sequence lengths are recorded."""
 
@@ -56,6 +58,7 @@ def prepare(
     validation_users: Sequence[int | str] | None = None,
     memory_rows: int = DEFAULT_MEMORY_ROWS,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Dataset:
     """Read a source once, filter, split and encode it, and write memory-mapped arrays.
 
@@ -79,6 +82,8 @@ def prepare(
         Rows held in memory at once; changes the memory that is needed, never the result.
     overwrite : bool
         Replace a folder that is there.
+    progress : callable, optional
+        Told in words what is being done.
 
     Returns
     -------
@@ -101,7 +106,9 @@ def prepare(
     work = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         work.mkdir(parents=True)
-        meta = _prepare_into(work, source, filters, split, validation_users, memory_rows)
+        meta = _prepare_into(
+            work, source, filters, split, validation_users, memory_rows, progress or _silent
+        )
         meta = {"format_version": FORMAT_VERSION, "name": name or target.resolve().name, **meta}
         (work / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         _replace_folder(work, target)
@@ -121,12 +128,14 @@ def _prepare_into(
     options: SplitOptions,
     validation_users: Sequence[int | str] | None,
     memory_rows: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     users, items = IdEncoder(), IdEncoder()
     raw = InteractionLog(folder / "raw", memory_rows)
     chunks, report = source.chunks()
     for chunk in chunks:
         raw.append(users.encode(chunk.users), items.encode(chunk.items), chunk.timestamps)
+        progress(f"read {report.num_raw_rows:,} rows")
     if not len(raw):
         raise DataError(f"{report.file} gave no interactions; give more data")
     user_ids = settle_ids(users.table(), report.id_type, f"{report.file}: user column")
@@ -138,18 +147,21 @@ def _prepare_into(
         "selected_users": len(users),
         "selected_items": len(items),
     }
+    progress(f"filter {len(raw):,} rows")
     log, user_rows, item_rows = _filter(raw, folder, len(users), len(items), filters, memory_rows)
     counts |= {
         "filtered_rows": len(log),
         "filtered_users": int((user_rows > 0).sum()),
         "filtered_items": int((item_rows > 0).sum()),
     }
+    progress(f"split {len(log):,} rows")
     if options.kind == "global_temporal":
         chosen = _codes_of(validation_users, user_ids)
         roles = split_global_temporal(log, len(users), len(items), options, chosen)
     else:
         roles = split_leave_one_out(log, len(users), len(items))
     plan = plan_sequences(roles, len(items))
+    progress(f"sort and write {plan.num_users:,} sequences")
     statistics = write_sequences(log, plan, folder, memory_rows)
     sets = _write_arrays(folder, plan, statistics)
     _write_ids(folder / "user_ids", user_ids, roles.user_order)
@@ -336,6 +348,10 @@ def _warnings(
             "training events (their users' later events are all on items without training events)"
         )
     return warnings
+
+
+def _silent(_: str) -> None:
+    """Report progress to nobody."""
 
 
 def _replace_folder(new: Path, target: Path) -> None:
