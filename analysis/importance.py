@@ -130,6 +130,7 @@ def importances(
     permutations: int = 5,
     seed: int = 42,
     jobs: int = 1,
+    methods: Sequence[Method] = METHODS,
 ) -> Importances:
     """Importances of the parameters and their products, per dataset and averaged.
 
@@ -147,15 +148,18 @@ def importances(
         Of the forest; 42 is the paper's.
     jobs : int
         Processes; the numbers do not depend on it.
+    methods : sequence of str
+        With `impurity` alone nothing is held out and there is no out-of-sample score.
     """
     cases, notes = _cases(frame, metrics, full_catalog)
     if sum(len(case.target) for case in cases) < _WORTH_PROCESSES:
         jobs = 1
     work: Iterable[_Fitted] = Parallel(n_jobs=jobs)(
-        delayed(_fit_case)(case, repeats, permutations, seed) for case in cases
+        delayed(_fit_case)(case, repeats if set(methods) != {"impurity"} else 0, permutations, seed)
+        for case in cases
     )
     fitted = list(work)
-    rows = [row for item in fitted for row in item.rows]
+    rows = [row for item in fitted for row in item.rows if row.method in methods]
     encodings = pd.concat([item.encodings for item in fitted]) if fitted else pd.DataFrame()
     return Importances(
         (*rows, *_mean_rows(rows)),
@@ -237,47 +241,68 @@ def _forest(seed: int) -> RandomForestRegressor:
 def _fit_case(case: _Case, repeats: int, permutations: int, seed: int) -> _Fitted:
     model = _forest(seed).fit(case.features, case.target)
     in_sample = float(model.score(case.features, case.target))
-    held_out = [_held_out(case, _point_folds(case, repeat), permutations, seed, repeat)
-                for repeat in range(repeats)]  # fmt: skip
-    scores = _scores(case, in_sample, [item.r2 for item in held_out], repeats, seed)
-    out_of_sample = float(np.mean([item.r2 for item in held_out]))
+    passes = [_held_out(case, permutations, seed, repeat) for repeat in range(repeats)]
+    row = _RowMaker(
+        case, in_sample, float(np.mean([item.r2 for item in passes])) if passes else None
+    )
+    rows = _impurity_rows(row, model, seed)
+    if not passes:
+        return _Fitted(rows, [_score(case, "in_sample", [in_sample])], pd.DataFrame())
+    for method, names in (("permutation", PARAMETERS), ("permutation_grouped", FACTORS)):
+        drops = np.concatenate([getattr(item, method) for item in passes])
+        rows += [row(method, name, drops[:, column]) for column, name in enumerate(names)]
+    encodings = anova_importances(
+        pd.DataFrame(case.features[:, : len(FACTORS)], columns=list(FACTORS)),
+        case.target, seed=seed,
+    )  # fmt: skip
+    for method in ("fanova", "ped_anova"):
+        chosen = encodings[(encodings["method"] == method) & encodings["shown"]]
+        rows += [
+            row(method, name, np.array([share]))
+            for name, share in zip(chosen["parameter"], chosen["importance"], strict=True)
+        ]
+    encodings.insert(0, "metric", case.metric)
+    encodings.insert(0, "dataset", case.dataset)
+    scores = _scores(case, in_sample, [item.r2 for item in passes], seed)
+    return _Fitted(rows, scores, encodings)
 
-    def row(method: Method, parameter: str, values: Floats, at: float | None = None) -> Importance:
+
+@dataclass(frozen=True)
+class _RowMaker:
+    """Rows of one forest, with the scores that belong beside every number."""
+
+    case: _Case
+    in_sample: float
+    out_of_sample: float | None
+
+    def __call__(
+        self, method: Method, parameter: str, values: Floats, at: float | None = None
+    ) -> Importance:
         # five seeds of a forest have no quantiles, only extremes
         levels = [0.0, 1.0] if method == "impurity" else [0.025, 0.975]
         low, high = np.quantile(values, levels) if len(values) > 1 else (None, None)
         return Importance(
-            case.dataset, case.metric, parameter, method,
+            self.case.dataset, self.case.metric, parameter, method,
             float(np.mean(values)) if at is None else float(at),
             None if low is None else float(low), None if high is None else float(high),
-            in_sample, out_of_sample,
+            self.in_sample, self.out_of_sample,
         )  # fmt: skip
 
-    seeds = np.array(
-        [model.feature_importances_]
-        + [
-            _forest(seed + 1 + extra).fit(case.features, case.target).feature_importances_
-            for extra in range(4)
-        ]
-    )
-    rows = [
-        row("impurity", name, seeds[:, column], model.feature_importances_[column])
+
+def _impurity_rows(
+    row: _RowMaker, model: RandomForestRegressor, seed: int, extra_seeds: int = 4
+) -> list[Importance]:
+    """The paper's importances, and how far other seeds of the forest move them."""
+    case = row.case
+    others = [
+        _forest(seed + 1 + extra).fit(case.features, case.target).feature_importances_
+        for extra in range(extra_seeds)
+    ]
+    found = np.array([model.feature_importances_, *others])
+    return [
+        row("impurity", name, found[:, column], found[0, column])
         for column, name in enumerate(PARAMETERS)
     ]
-    for method, names in (("permutation", PARAMETERS), ("permutation_grouped", FACTORS)):
-        drops = np.concatenate([getattr(item, method) for item in held_out])
-        rows += [row(method, name, drops[:, column]) for column, name in enumerate(names)]
-    encodings = anova_importances(
-        pd.DataFrame(case.features[:, :3], columns=list(FACTORS)), case.target, seed=seed
-    )
-    for method in ("fanova", "ped_anova"):
-        chosen = encodings[(encodings["method"] == method) & encodings["shown"]]
-        rows += [
-            row(method, item.parameter, np.array([item.importance])) for item in chosen.itertuples()
-        ]
-    encodings.insert(0, "metric", case.metric)
-    encodings.insert(0, "dataset", case.dataset)
-    return _Fitted(rows, scores, encodings)
 
 
 Folds = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
@@ -302,7 +327,7 @@ class _HeldOut:
     """Shape (permutations, 3)."""
 
 
-def _held_out(case: _Case, folds: Folds, permutations: int, seed: int, repeat: int) -> _HeldOut:
+def _held_out(case: _Case, permutations: int, seed: int, repeat: int) -> _HeldOut:
     rng = np.random.default_rng([seed, repeat])
     variance = np.sum((case.target - case.target.mean()) ** 2)
     shuffles: list[Callable[[Floats], Floats]] = [
@@ -310,7 +335,7 @@ def _held_out(case: _Case, folds: Folds, permutations: int, seed: int, repeat: i
         *(_shuffle_factor(column, rng) for column in range(len(FACTORS))),
     ]
     error, shuffled = 0.0, np.zeros((permutations, len(shuffles)))
-    for train, test in folds:
+    for train, test in _point_folds(case, repeat):
         model = _forest(seed).fit(case.features[train], case.target[train])
         features, target = case.features[test], case.target[test]
         variants = [shuffle(features) for _ in range(permutations) for shuffle in shuffles]
@@ -345,26 +370,29 @@ def _shuffle_factor(column: int, rng: np.random.Generator) -> Callable[[Floats],
     return shuffle
 
 
-def _scores(
-    case: _Case, in_sample: float, by_point: Sequence[float], repeats: int, seed: int
-) -> list[ModelScore]:
-    def score(scheme: str, values: Sequence[float]) -> ModelScore:
-        several = len(values) > 1
-        return ModelScore(
-            case.dataset, case.metric, scheme, float(np.mean(values)),
-            min(values) if several else None, max(values) if several else None, len(case.target),
-        )  # fmt: skip
+def _score(case: _Case, scheme: str, values: Sequence[float]) -> ModelScore:
+    several = len(values) > 1
+    return ModelScore(
+        case.dataset, case.metric, scheme, float(np.mean(values)),
+        min(values) if several else None, max(values) if several else None, len(case.target),
+    )  # fmt: skip
 
+
+def _scores(
+    case: _Case, in_sample: float, by_point: Sequence[float], seed: int
+) -> list[ModelScore]:
     shuffled = list(by_point)  # the same folds where no point is repeated
     if len(np.unique(case.points)) < len(case.points):
-        splitters = [KFold(_FOLDS, shuffle=True, random_state=number) for number in range(repeats)]
+        splitters = [
+            KFold(_FOLDS, shuffle=True, random_state=number) for number in range(len(by_point))
+        ]
         shuffled = [_pooled_r2(case, item.split(case.features), seed) for item in splitters]
-    found = [score("in_sample", [in_sample]), score("kfold", shuffled)]
-    found.append(score("kfold_by_point", by_point))
+    found = [_score(case, "in_sample", [in_sample]), _score(case, "kfold", shuffled)]
+    found.append(_score(case, "kfold_by_point", by_point))
     batch_sizes = case.features[:, FACTORS.index("batch_size")]
     if len(np.unique(batch_sizes)) > 1:
         folds = LeaveOneGroupOut().split(case.features, case.target, batch_sizes)
-        found.append(score("leave_one_batch_size_out", [_pooled_r2(case, folds, seed)]))
+        found.append(_score(case, "leave_one_batch_size_out", [_pooled_r2(case, folds, seed)]))
     return found
 
 
