@@ -131,7 +131,12 @@ def make_plan(
         )
     seed = seed.reshape(()).to(device)
 
-    common = {"num": num, "share": share, "num_items": num_items, "seed": seed}
+    common: dict[str, int | Tensor] = {
+        "num": num,
+        "share": share,
+        "num_items": num_items,
+        "seed": seed,
+    }
     if paper_compat:
         return _paper_plan(negatives, target, common)
     kind, tensors = _tables(negatives, target, num_items)
@@ -173,7 +178,7 @@ def make_plan(
 
 def log_range(num_items: int) -> int:
     """log2(num_items + 1) in units of 2**-LOG_RANGE_BITS."""
-    return round(math.log2(num_items + 1) * 2**LOG_RANGE_BITS)
+    return round(math.log2(num_items + 1) * (1 << LOG_RANGE_BITS))
 
 
 def draw(plan: SamplingPlan, sets: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:

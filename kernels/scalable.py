@@ -230,7 +230,7 @@ bucket_loss.register_autograd(_backward, setup_context=_setup)
 
 def _module(impl: str):  # type: ignore[no-untyped-def]
     if impl == "triton":
-        from kernels.linear_cross_entropy import triton_sampled
+        import kernels.linear_cross_entropy.triton_sampled as triton_sampled
 
         return triton_sampled
     return torch_sampled
@@ -295,6 +295,7 @@ def _centers(e: Tensor, valid: Tensor, num_buckets: int, mix: bool, seed: int | 
 def _top(centers: Tensor, rows: Tensor, count: int, valid: Tensor | None) -> Tensor:
     """Rows of largest inner product with each center, shape (n_b, count), chunk by chunk."""
     step = max(4 * count, SCORES_PER_CHUNK // len(centers))
+    index: Tensor
     best = torch.empty(len(centers), 0, dtype=rows.dtype, device=rows.device)
     index = torch.empty(len(centers), 0, dtype=torch.int64, device=rows.device)
     for start in range(0, len(rows), step):

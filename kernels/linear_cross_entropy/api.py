@@ -303,10 +303,11 @@ def _full(
     if impl in ("dense", "reference"):
         e, weight, bias = _upcast(e, weight, bias, impl)
         return reference.full(e, weight, bias, target, options, grad_filter, seed)
-    return ops.full_softmax(
+    lse, positive, mean = ops.full_softmax(
         e, weight, bias, target, seed.to(e.device), options.scale, options.softcap, with_mean,
         grad_filter.mode, grad_filter.eps, accum_dtype, impl,
     )  # fmt: skip
+    return lse, positive, mean
 
 
 def _sampled(
@@ -394,7 +395,7 @@ def _choose(e: Tensor, weight: Tensor, impl: str, filter_mode: str | None) -> st
 
 def _explicit_triton_obstacle(e: Tensor, weight: Tensor) -> str:
     try:
-        from kernels.linear_cross_entropy import triton_launch
+        import kernels.linear_cross_entropy.triton_launch as triton_launch
     except ImportError:
         return "triton is not installed"
     if triton_launch.INTERPRETED and not e.is_cuda and e.dtype != torch.float64:
@@ -435,12 +436,12 @@ def _check_inputs(
         axes, dims = shapes[name]
         if tensor.dim() != dims:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give ({axes})")
-    for name, tensor, size in (
+    for name, got, size in (
         ("weight", weight.shape[1], e.shape[1]),
         ("target", len(target), len(e)),
         ("bias", len(weight) if bias is None else len(bias), len(weight)),
     ):
-        if tensor != size:
+        if got != size:
             raise ValueError(
                 f"{name} has shape {tuple(named[name].shape)}, which does not fit e of shape "
                 f"{tuple(e.shape)} and weight of shape {tuple(weight.shape)}"

@@ -34,7 +34,7 @@ def full_softmax(
     """Log-sum-exp, target logit and mean logit of every token, without keeping logits."""
     options = LogitOptions(scale, softcap)
     if impl == "triton":
-        from kernels.linear_cross_entropy import triton_full
+        import kernels.linear_cross_entropy.triton_full as triton_full
 
         return triton_full.forward(e, weight, bias, target, options, with_mean=with_mean)
     return torch_chunked.forward(e, weight, bias, target, options, with_mean=with_mean)
@@ -63,7 +63,7 @@ def full_softmax_backward(
     grad_filter = GradientFilter(filter_mode, filter_eps)
     arguments = (e, weight, bias, target, lse, grad_lse, grad_positive, grad_mean, options)
     if impl == "triton":
-        from kernels.linear_cross_entropy import triton_full
+        import kernels.linear_cross_entropy.triton_full as triton_full
 
         grads = triton_full.backward(*arguments, grad_filter, seed, accum_dtype)
     else:
@@ -143,7 +143,7 @@ def sampled_sum(
     )  # fmt: skip
     options = LogitOptions(scale, softcap)
     if impl == "triton":
-        from kernels.linear_cross_entropy import triton_sampled
+        import kernels.linear_cross_entropy.triton_sampled as triton_sampled
 
         return triton_sampled.forward(e, weight, bias, target, plan, options, sigmoid=sigmoid)
     return torch_sampled.forward(e, weight, bias, target, plan, options, sigmoid=sigmoid)
@@ -193,7 +193,7 @@ def sampled_sum_backward(
         LogitOptions(scale, softcap), GradientFilter(filter_mode, filter_eps), deterministic,
     )  # fmt: skip
     if impl == "triton":
-        from kernels.linear_cross_entropy import triton_sampled
+        import kernels.linear_cross_entropy.triton_sampled as triton_sampled
 
         grads = triton_sampled.backward(*arguments, sigmoid=sigmoid)
     else:

@@ -171,7 +171,7 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
 def _filter_uniforms(
     seed: Tensor, tokens: slice, items: slice, num_items: int, device: torch.device
 ) -> Tensor:
-    """Uniform numbers of a tile: logit (i, j) takes word j % 4 of counter i * ceil(V / 4) + j // 4."""
+    """Uniform numbers of a tile; logit (i, j) has word j % 4 of counter i ceil(V / 4) + j // 4."""
     per_row = -(-num_items // 4)
     first, last = items.start // 4, -(-items.stop // 4)
     rows = torch.arange(tokens.start, tokens.stop, device=device)

@@ -49,8 +49,22 @@ def to_logits(dots, scale, softcap, SOFTCAP: tl.constexpr):
     """Scaled and capped dot products; tanh by exp, which the interpreter has."""
     logits = dots * scale
     if SOFTCAP:
-        logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
+        power = tl.minimum(2.0 * logits / softcap, 80.0)
+        logits = softcap * (1.0 - 2.0 / (tl.exp(power) + 1.0))
     return logits
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def probability(value, base):
+    """exp(value - base), at most 1: lanes outside the matrix must not make inf * 0."""
+    return tl.exp(tl.minimum(value - base, 0.0))
 
 
 @triton.jit
@@ -143,8 +157,11 @@ def draw_set(
     num, range_size, log_range, inverse_log,
     KIND: tl.constexpr, STRATIFIED: tl.constexpr, CORRECTED: tl.constexpr,
 ):  # fmt: skip
-    """Draws k (a block) of one set. Each lane computes all four words of its counter: beside the
-    tile of logits that the draws are for, that costs nothing."""
+    """Draws k (a block) of one set.
+
+    Each lane computes all four words of its counter: beside the tile of logits that the draws are
+    for, that costs nothing.
+    """
     ok = k < num
     if KIND == KIND_IDS:
         ids = tl.load(source + set_number * num + k, mask=ok, other=0)
@@ -172,8 +189,10 @@ def draw_set(
 
 
 @triton.jit
-def filter_tile(p, seed, rows, first_column, columns_total, eps, MODE: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def filter_tile(
+    p, seed, rows, first_column, columns_total, eps,
+    MODE: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Softmax entries after the filter; logit (i, j) takes word j % 4 of its counter."""
     if MODE == 1:
         p = tl.where(p < eps, 0.0, p)
@@ -182,6 +201,8 @@ def filter_tile(p, seed, rows, first_column, columns_total, eps, MODE: tl.conste
         counter = rows[:, None] * ((columns_total + 3) // 4) + quads[None, :]
         w0, w1, w2, w3 = tl.randint4x(seed, counter)
         word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        if TRANSPOSED:
+            word = tl.trans(word)
         uniform = (word.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 5.9604645e-08
         p = tl.where(p < eps, tl.where(uniform * eps < p, eps, 0.0), p)
     return p

@@ -124,9 +124,7 @@ def positive_logits(
     return positive
 
 
-def _split(
-    tiles: int, total: int, block: int, device: torch.device
-) -> tuple[int, int]:
+def _split(tiles: int, total: int, block: int, device: torch.device) -> tuple[int, int]:
     """Splits of a reduction over `total`, and elements of each, whole blocks."""
     blocks = -(-total // block)
     splits = num_splits(tiles, blocks, device)

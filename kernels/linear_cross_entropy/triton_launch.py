@@ -5,6 +5,7 @@ is imported after, fixes at import whether the kernels run in the interpreter.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import triton
@@ -40,7 +41,9 @@ class TileConfig:
     """Depth of the software pipeline."""
 
 
-def tile_config(kernel: str, width: int, dtype: torch.dtype, max_rows: int) -> TileConfig:
+def tile_config(
+    kernel: str, width: int, dtype: torch.dtype, max_rows: int, *, gathers: bool = False
+) -> TileConfig:
     """Block sizes from a static table: kernel, width, dtype.
 
     Parameters
@@ -53,6 +56,8 @@ def tile_config(kernel: str, width: int, dtype: torch.dtype, max_rows: int) -> T
         Of the inputs.
     max_rows : int
         Tokens that share their columns; tiles are no taller than they need to be.
+    gathers : bool
+        Whether the items of a tile are anywhere in the catalog.
     """
     block = max(16, triton.next_power_of_2(width))
     num_parts = 1
@@ -63,12 +68,13 @@ def tile_config(kernel: str, width: int, dtype: torch.dtype, max_rows: int) -> T
         rows, columns, warps, stages = 128, 256, 4, 1
     elif kernel == "forward":
         rows, columns, warps, stages = (64, 64, 4, 2) if wide else (128, 128, 8, 2)
+        columns = min(columns, 64) if gathers else columns
     elif wide:
         rows, columns, warps, stages = (32, 32, 8, 1) if block > 128 else (64, 32, 8, 2)
     elif kernel == "grad_e":
-        rows, columns, warps, stages = 128, 64, 8, 2
+        rows, columns, warps, stages = (128, 32, 8, 3) if block > 128 else (128, 64, 8, 2)
     else:
-        rows, columns, warps, stages = 64, 128, 8, 2
+        rows, columns, warps, stages = (32, 128, 8, 2) if block > 128 else (64, 128, 8, 2)
     rows = min(rows, max(16, triton.next_power_of_2(max_rows)))
     return TileConfig(rows, columns, block, num_parts, warps, stages)
 
@@ -78,7 +84,7 @@ def token_config(width: int) -> tuple[int, int, int]:
     block = max(16, triton.next_power_of_2(width))
     if INTERPRETED:
         return 256, block, 4
-    return max(4, min(64, 4096 // block)), block, 4
+    return max(4, min(32, 2048 // block)), block, 4
 
 
 def num_splits(programs: int, most: int, device: torch.device) -> int:
@@ -120,7 +126,7 @@ class ScaledGradients:
     """Shape (): what undoes the division."""
 
     @classmethod
-    def of(cls, base: Tensor, target: Tensor, mean: Tensor | None, factor: float):
+    def of(cls, base: Tensor, target: Tensor, mean: Tensor | None, factor: float) -> Self:
         """Divide by the largest magnitude and multiply by `factor`, on the device."""
         largest = torch.maximum(base.abs().amax(), target.abs().amax())
         if mean is not None:

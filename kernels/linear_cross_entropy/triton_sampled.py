@@ -214,7 +214,7 @@ def _forward_tiles(
     sigmoid: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, width = e.shape
-    config = tile_config("forward", width, e.dtype, plan.share)
+    config = tile_config("forward", width, e.dtype, plan.share, gathers=True)
     tiles = -(-num_tokens // plan.share) * -(-plan.share // config.rows)
     splits, per_split = _split(tiles, plan.num, config.columns, e.device)
     total = torch.empty(splits, num_tokens, dtype=torch.float32, device=e.device)
@@ -256,7 +256,7 @@ def _backward_tiles(
     before = (e, weight, bias, target, base, grads.base, grads.target, None, share)
     random = (*_draws(plan), plan.seed + FILTER_STREAM)
 
-    config = tile_config("grad_e", width, e.dtype, plan.share)
+    config = tile_config("grad_e", width, e.dtype, plan.share, gathers=True)
     tiles = sets * -(-plan.share // config.rows)
     splits, per_split = _split(tiles, plan.num, config.columns, e.device)
     grad_e = _partial(splits, e)
@@ -266,7 +266,7 @@ def _backward_tiles(
         *_ranges(plan), **flags, **_blocks(config, e.dtype),
     )  # fmt: skip
 
-    config = tile_config("grad_c", width, e.dtype, plan.share)
+    config = tile_config("grad_c", width, e.dtype, plan.share, gathers=True)
     tiles = sets * -(-plan.num // config.columns)
     blocks = -(-plan.share // config.rows)
     splits = num_splits(tiles, blocks, e.device)

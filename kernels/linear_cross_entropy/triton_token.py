@@ -1,8 +1,8 @@
-"""Triton kernels for negatives of one's own: a program keeps some tokens and walks through their
-negatives, four draws to a random counter, so that four gathers are in flight at a time.
+"""Triton kernels for negatives that each token has for itself.
 
-dE stays in registers; dC is the one thing that is added atomically (fp32, relaxed), or in fixed
-point where equal bits are asked for.
+A program keeps some tokens and walks through their negatives, four draws to a random counter, so
+that four gathers are in flight at a time. dE stays in registers; dC is the one thing that is added
+atomically (fp32, relaxed), or in fixed point where equal bits are asked for.
 """
 
 import triton
@@ -17,6 +17,8 @@ from kernels.linear_cross_entropy.triton_device import (
     finish_log_sum_exp,
     load_rows,
     place,
+    probability,
+    sigmoid,
     softplus,
     to_logits,
 )
@@ -115,6 +117,7 @@ def forward_kernel(
     ok = row_ok & (target >= 0)
     d = tl.arange(0, BD)
     seed = tl.load(Seed)
+    sets = (rows.to(tl.int32) // share).to(tl.int64)  # 64-bit division is a call, which spills
     e = load_rows(E, rows, ok, d, width, stride_e, UPCAST).to(tl.float32)
     _, positive = score(
         e, C, B, tl.maximum(target, 0), ok, d, width, stride_c, scale, softcap,
@@ -125,7 +128,7 @@ def forward_kernel(
     hits = tl.zeros([BM], tl.float32)
     for quad in range(0, tl.cdiv(num, 4)):
         i0, i1, i2, i3, q0, q1, q2, q3 = draw_four(
-            seed, rows // share, quad, target, Source, Alias, LogQ, PoolSize, ok, num, range_size,
+            seed, sets, quad, target, Source, Alias, LogQ, PoolSize, ok, num, range_size,
             log_range, inverse_log, KIND, STRATIFIED, SKIP, CORRECTED,
         )  # fmt: skip
         ok1 = ok & (4 * quad + 1 < num)
@@ -163,9 +166,7 @@ def forward_kernel(
             z1 = weigh(z1, q1, hit1, ok1, HITS, CORRECTED)
             z2 = weigh(z2, q2, hit2, ok2, HITS, CORRECTED)
             z3 = weigh(z3, q3, hit3, ok3, HITS, CORRECTED)
-            new_top = tl.maximum(
-                tl.maximum(top, tl.maximum(z0, z1)), tl.maximum(z2, z3)
-            )
+            new_top = tl.maximum(tl.maximum(top, tl.maximum(z0, z1)), tl.maximum(z2, z3))
             total = total * tl.exp(top - new_top) + tl.exp(z0 - new_top) + tl.exp(z1 - new_top)
             total += tl.exp(z2 - new_top) + tl.exp(z3 - new_top)
             top = new_top
@@ -201,13 +202,14 @@ def backward_kernel(
     SKIP: tl.constexpr, HITS: tl.constexpr, CORRECTED: tl.constexpr, SIGMOID: tl.constexpr,
     FILTER: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dE of some tokens in registers, and their rows of dC by atomics, four negatives at a time."""
+    """Own dE of some tokens in registers; add their rows of dC atomically, four at a time."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     row_ok = rows < num_tokens
     target = tl.load(Y + rows, mask=row_ok, other=-1)
     ok = row_ok & (target >= 0)
     d = tl.arange(0, BD)
     seed = tl.load(Seed)
+    sets = (rows.to(tl.int32) // share).to(tl.int64)  # 64-bit division is a call, which spills
     filter_seed = tl.load(FilterSeed)
     unit = tl.load(ScaleC)
     e = load_rows(E, rows, ok, d, width, stride_e, UPCAST).to(tl.float32)
@@ -224,7 +226,7 @@ def backward_kernel(
     add_row(OutC, OutBias, safe, grad, e, ok, d, width, unit, HAS_BIAS, False)
     for quad in range(0, tl.cdiv(num, 4)):
         i0, i1, i2, i3, q0, q1, q2, q3 = draw_four(
-            seed, rows // share, quad, target, Source, Alias, LogQ, PoolSize, ok, num, range_size,
+            seed, sets, quad, target, Source, Alias, LogQ, PoolSize, ok, num, range_size,
             log_range, inverse_log, KIND, STRATIFIED, SKIP, CORRECTED,
         )  # fmt: skip
         u0, u1, u2, u3 = base, base, base, base
@@ -233,27 +235,34 @@ def backward_kernel(
             w0, w1, w2, w3 = tl.randint4x(filter_seed, counter)
             u0, u1 = to_uniform(w0), to_uniform(w1)
             u2, u3 = to_uniform(w2), to_uniform(w3)
+        # Loads do not pass atomics: all four gathers start before the first of them.
+        c0 = load_rows(C, i0, ok, d, width, stride_c, UPCAST)
+        c1 = load_rows(C, i1, ok & (4 * quad + 1 < num), d, width, stride_c, UPCAST)
+        c2 = load_rows(C, i2, ok & (4 * quad + 2 < num), d, width, stride_c, UPCAST)
+        c3 = load_rows(C, i3, ok & (4 * quad + 3 < num), d, width, stride_c, UPCAST)
         for lane in tl.static_range(4):
             if lane == 0:
-                ids, log_count, uniform = i0, q0, u0
+                ids, log_count, uniform, c = i0, q0, u0, c0
             elif lane == 1:
-                ids, log_count, uniform = i1, q1, u1
+                ids, log_count, uniform, c = i1, q1, u1, c1
             elif lane == 2:
-                ids, log_count, uniform = i2, q2, u2
+                ids, log_count, uniform, c = i2, q2, u2, c2
             else:
-                ids, log_count, uniform = i3, q3, u3
+                ids, log_count, uniform, c = i3, q3, u3, c3
             here = ok & (4 * quad + lane < num)
-            c, z = score(
-                e, C, B, ids, here, d, width, stride_c, scale, softcap, HAS_BIAS, SOFTCAP, UPCAST
-            )
+            c = c.to(tl.float32)
+            dots = tl.sum(e * c, 1)
+            if HAS_BIAS:
+                dots += tl.load(B + ids, mask=here, other=0.0).to(tl.float32)
+            z = to_logits(dots, scale, softcap, SOFTCAP)
             hit = ids == target
             if SIGMOID:
-                p = 1.0 / (1.0 + tl.exp(-z))
+                p = sigmoid(z)
             else:
                 value = z
                 if CORRECTED:
                     value -= log_count
-                p = tl.exp(value - base)
+                p = probability(value, base)
                 if FILTER > 0:
                     p *= part
                     if FILTER == 1:
