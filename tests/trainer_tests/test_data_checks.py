@@ -157,7 +157,7 @@ def test_truncated_zip(tmp_path):
 
 
 def test_not_utf8_names_its_line(tmp_path):
-    text = "\n".join([HEADER, *GOOD[:5], "caf\u00e9,2,1600000000", *GOOD[5:]])
+    text = "\n".join([HEADER, *GOOD[:5], "Zo\u00eb,2,1600000000", *GOOD[5:]])
     (tmp_path / "a.csv").write_bytes(text.encode("latin-1"))
     refused(tmp_path, r"a\.csv, line 7: not UTF-8 text; convert the file")
 

@@ -153,6 +153,17 @@ def test_30music_from_the_file_and_from_the_archive(tmp_path):
     assert read("30music", archive)[0] == expected
 
 
+def test_archive_without_interactions(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(DataError, match=r"a\.zip is an archive of readme\.txt; unpack it"):
+        read("movielens", tmp_path / "a.zip")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("love.idomaar"))
+    with pytest.raises(DataError, match=r"a\.tar\.gz is an archive of love\.idomaar; unpack it"):
+        read("30music", tmp_path / "a.tar.gz")
+
+
 def test_30music_row_without_a_track_is_a_bad_row(tmp_path):
     file = tmp_path / "events.idomaar"
     file.write_text(IDOMAAR[0] + "\n" + IDOMAAR[1].replace('"track"', '"album"') + "\n")

@@ -365,18 +365,21 @@ def _tar_member(tar: tarfile.TarFile, path: Path, member: str | None) -> BinaryI
         names.append(entry.name)
         if entry.isfile() and member and entry.name.endswith(member):
             return tar.extractfile(entry)
-    _pick_member(names, path, member)
-    raise AssertionError(names)
+    raise _no_member(names, path)
 
 
 def _pick_member(names: list[str], path: Path, member: str | None) -> str:
     fitting = [name for name in names if member and name.endswith(tuple(member.split("|")))]
     if len(fitting) != 1:
-        raise DataError(
-            f"{path} is an archive of {', '.join(names[:8]) or 'nothing'}; unpack it and give the "
-            "file of interactions"
-        )
+        raise _no_member(names, path)
     return fitting[0]
+
+
+def _no_member(names: list[str], path: Path) -> DataError:
+    return DataError(
+        f"{path} is an archive of {', '.join(names[:8]) or 'nothing'}; unpack it and give the "
+        "file of interactions"
+    )
 
 
 def _one_line(error: BaseException) -> str:
