@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("sweeper.cli.report:report", "Draw trade-offs, importances and findings."),
     "import": ("sweeper.cli.import_:app", "Take other people's runs into the database."),
     "export": ("sweeper.cli.export:export", "Write runs to CSV or Parquet."),
+    "export-model": ("sweeper.cli.export_model:export_model", "Write a model with its item ids."),
     "db": ("sweeper.cli.db:app", "Create, upgrade, check and copy the run database."),
 }
 """Name of each command -> where it is defined, and its line in `srsweep --help`."""
