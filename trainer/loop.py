@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from db.errors import SpecError
 from db.measures import Recorder, RunResult, StepRecord
 from db.spec import RunSpec, RunStatus, run_key
 from trainer.checkpoint import Checkpoint, CheckpointFile
 from trainer.data.batches import PackedBatch, PackedSequences, TrainingBatches, item_tensor
+from trainer.device import check_device, memory_shortage, warm_up
 from trainer.evaluation import Evaluator, metric_frame
+from trainer.gradients import gradient_histograms
 from trainer.losses import make_loss
 from trainer.models.build import build_model
+from trainer.models.network import Predictions, SequenceModel
+from trainer.optimizers import make_optimizer
 from trainer.outcome import Progress
-from trainer.plain_losses import cross_entropy
 from trainer.probe import MemoryProbe, release_memory, synchronise
 from trainer.ranking import DEFAULT_BUDGET
 from trainer.seeds import derive
@@ -30,7 +31,6 @@ from trainer.seeds import derive
 if TYPE_CHECKING:
     from trainer.data.dataset import Dataset
 
-_WARM_UP_SIZE = 512
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,16 +53,22 @@ class TrainOptions:
         when the run ends.
     checkpoint_minutes : float
         Time between checkpoints.
+    histograms_every : int, optional
+        Record histograms of the final layer's gradients every so many steps.
     should_stop : callable, optional
         Asked after every step; once true, training saves a checkpoint and raises
         `TrainingInterrupted`.
+    on_trained : callable, optional
+        Given the model with its best weights and the result of a run that is done.
     """
 
     step_rows_every: int = 1
     evaluation_budget_bytes: int = DEFAULT_BUDGET
     checkpoint_dir: Path | None = None
     checkpoint_minutes: float = 10.0
+    histograms_every: int | None = None
     should_stop: Callable[[], bool] | None = None
+    on_trained: Callable[[SequenceModel, RunResult], None] | None = None
 
 
 def train(
@@ -72,6 +78,7 @@ def train(
     device: str | torch.device = "cpu",
     *,
     options: TrainOptions | None = None,
+    initialise: Callable[[SequenceModel], object] | None = None,
 ) -> RunResult:
     """Train a model as specified, keep the weights of the best validation, and test those.
 
@@ -87,6 +94,8 @@ def train(
         Where to train.
     options : TrainOptions, optional
         How to carry the run out.
+    initialise : callable, optional
+        Given the model once its weights are drawn, to change them.
 
     Returns
     -------
@@ -109,7 +118,7 @@ def train(
         probe = MemoryProbe(where)
         run = _Run(spec, recorder, where, options or TrainOptions(), probe)
         try:
-            run.build(dataset)
+            run.build(dataset, initialise)
             result = run.train()
             run.remove_checkpoint()
             return result
@@ -129,51 +138,6 @@ def train(
         finally:
             run.close()
             release_memory(where)
-
-
-def check_device(spec: RunSpec, device: torch.device) -> None:
-    """Refuse a device that is not there or cannot compute in the precision asked for.
-
-    Raises
-    ------
-    SpecError
-        With what is possible instead.
-    """
-    if device.type == "cpu":
-        return
-    if device.type != "cuda":
-        raise SpecError(f"device={str(device)!r} is not supported; use cpu or cuda")
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise SpecError(
-            f"device={str(device)!r} is not there: torch sees {count} CUDA devices; use cpu"
-            + (f" or cuda:0 to cuda:{count - 1}" if count else "")
-        )
-    if spec.precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        raise SpecError(f"precision='bf16' is not supported by {name}; use fp16 or fp32")
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryShortage:
-    """An allocation that failed; bytes asked for, if the message tells."""
-
-    requested: int | None
-
-
-_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def memory_shortage(error: BaseException) -> MemoryShortage | None:
-    """What was asked for when memory ran out; None if the error is another one."""
-    text = str(error)
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not known and "allocate memory" not in text and "not enough memory" not in text:
-        return None
-    found = re.search(r"(?:[Tt]ried to|[Uu]nable to) allocate ([\d.]+) (\w+)", text)
-    if found is None:
-        return MemoryShortage(None)
-    return MemoryShortage(int(float(found[1]) * _UNITS.get(found[2].rstrip("."), 1)))
 
 
 class _Run:
@@ -198,7 +162,9 @@ class _Run:
         self._file: CheckpointFile | None = None
         self._saved_at = time.monotonic()
 
-    def build(self, dataset: "Dataset") -> None:
+    def build(
+        self, dataset: "Dataset", initialise: Callable[[SequenceModel], object] | None
+    ) -> None:
         """Set up data, model, loss and optimizer."""
         spec = self._spec
         counts = torch.from_numpy(np.array(dataset.item_counts)).to(self._device)
@@ -210,10 +176,12 @@ class _Run:
         self._model = build_model(spec, dataset.num_items).to(self._device)
         generator = torch.Generator(self._device).manual_seed(derive(spec.seed, "weights"))
         self._model.reset_parameters(generator)
+        if initialise is not None:
+            initialise(self._model)
         self._parameters = list(self._model.parameters())
         self._num_parameters = sum(p.numel() for p in self._parameters)
-        self._optimizer = torch.optim.Adam(
-            self._parameters, lr=spec.learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True
+        self._optimizer = make_optimizer(
+            spec.optimizer, self._parameters, item_tables(self._model), spec.learning_rate
         )
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=spec.precision == "fp16")
         if self._options.checkpoint_dir is not None:
@@ -235,7 +203,10 @@ class _Run:
             self._model.load_state_dict(self._best)
         step = self._progress.best_step
         records = self._evaluate(self._test, self._progress.step if step is None else step)
-        return self.result(RunStatus.DONE, stop_reason=reason, test=records)
+        result = self.result(RunStatus.DONE, stop_reason=reason, test=records)
+        if self._options.on_trained is not None:
+            self._options.on_trained(self._model, result)
+        return result
 
     def result(self, status: RunStatus, **more: Any) -> RunResult:
         """Result of the run as it stands."""
@@ -328,10 +299,16 @@ class _Run:
             return False
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        weight_grad = self._model.output_weight.grad
         self._optimizer.zero_grad(set_to_none=True)
+        every = self._options.histograms_every
+        if not every or progress.step % every:
+            weight_grad = None
         synchronise(device)
         seconds = time.perf_counter() - begin
         memory = self._probe.read()
+        if weight_grad is not None:
+            self._record_histograms(made, weight_grad)
         progress.step_seconds.append(seconds)
         progress.tokens.append(batch.num_tokens)
         progress.epoch_losses.append(loss_value)
@@ -353,6 +330,19 @@ class _Run:
             )
         progress.step += 1
         return True
+
+    def _record_histograms(self, made: Predictions, weight_grad: Tensor) -> None:
+        bias = self._model.output_bias
+        for record in gradient_histograms(
+            self._progress.step,
+            made.hidden.detach(),
+            self._model.output_weight.detach(),
+            made.targets,
+            weight_grad,
+            bias=None if bias is None else bias.detach(),
+            filter_eps=self._spec.filter_eps,
+        ):
+            self._recorder.histogram(record)
 
     def _validate(self) -> bool:
         """Validate, keep the weights if they are the best; whether patience is at its end."""
@@ -397,23 +387,14 @@ class _Run:
         return torch.autocast(self._device.type, dtype)
 
 
-def warm_up(device: torch.device) -> None:
-    """Run a toy step, so that libraries load now and take now what they keep for good.
-
-    The first optimizer and the first matrix products of a process take tens of megabytes and
-    over a second, which are no part of the run that happens to come first.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    size = _WARM_UP_SIZE
-    weight = torch.randn(size, size, generator=generator, device=device).requires_grad_()
-    optimizer = torch.optim.Adam([weight], fused=True)
-    hidden = torch.nn.functional.layer_norm(weight @ weight, (size,))
-    heads = hidden.view(1, 8, size, -1)
-    attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
-    targets = torch.zeros(size, dtype=torch.int64, device=device)
-    torch.autograd.backward(cross_entropy(attended.reshape(size, -1), weight, targets))
-    torch.nn.utils.get_total_norm([weight.grad]).item()  # type: ignore[list-item]
-    optimizer.step()
+def item_tables(model: SequenceModel) -> list[torch.nn.Parameter]:
+    """Parameters of a model with one vector per item."""
+    num_items = len(model.output_weight)
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and len(parameter) == num_items and "position" not in name
+    ]
 
 
 def training_batches(spec: RunSpec, items: Tensor, dataset: "Dataset") -> TrainingBatches:

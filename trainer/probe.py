@@ -50,6 +50,7 @@ class MemoryProbe:
         self._device = device
         self._excluded = 0
         self.source = "cuda_allocated" if device.type == "cuda" else "resident"
+        gc.collect()
         release_memory(device)
         if device.type != "cuda":
             _return_large_blocks_when_freed()
@@ -130,12 +131,11 @@ class _Sampler:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give memory that nothing uses any more back to the system.
+    """Give freed memory back to the system.
 
     Without it the heap of a process would keep what evaluation or an earlier run freed, and
     later figures would rest on it.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif _libc is not None:

@@ -1,5 +1,6 @@
 """Full-catalog ranking and the metrics of its lists, with standard errors over users."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -250,6 +251,7 @@ def coverage(
     return found
 
 
+@functools.lru_cache(maxsize=2)
 def _resamples(num_users: int, seed: int) -> npt.NDArray[np.uint64]:
     """Which users each bootstrap resample holds: bit r of word w is resample 64 w + r."""
     generator = np.random.default_rng(seed)

@@ -64,6 +64,20 @@ def train_command(
         float, typer.Option(min=0.0, help="Minutes between checkpoints.")
     ] = 10.0,
     step_rows_every: Annotated[int, typer.Option(min=1, help="Record every so many steps.")] = 1,
+    histograms_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Record histograms of the final layer's gradients so often."),
+    ] = None,
+    keep_model: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the best weights here, for export-model."),
+    ] = None,
+    from_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="FOLDER", help="Start from an exported model; new items are added."
+        ),
+    ] = None,
     json: JsonOption = False,
     csv: CsvOption = False,
     **fields: Any,
@@ -78,6 +92,7 @@ def train_command(
         srsweep train --dataset movietweetings --embedding-dim 64 --max-seq-len 64
         srsweep train --dataset data/ml-1m --loss cce_minus --num-negatives 255 --device cuda
         srsweep train --dataset movietweetings --profile paper --loss cce --db sqlite:///srsweep.db
+        srsweep train --dataset ml-2026-11 --from served/ml-2026-10 --max-epochs 3
     """
     shown = output_format(json, csv)
     dataset = find_dataset(fields.pop("dataset"), data_dir)
@@ -86,19 +101,55 @@ def train_command(
 
     device = choose_device(device)
     spec = spec.resolved(device.partition(":")[0])
+    initialise = None
+    if from_model is not None:
+        if db is not None:
+            raise SpecError(
+                "--from cannot go with --db: the database knows runs by their settings, and what "
+                "a run started from is none of them; leave one out"
+            )
+        initialise, digest = _started_from(from_model, spec, dataset)
+        # another start is another run: it must not resume this one's checkpoint
+        checkpoint_dir = checkpoint_dir and checkpoint_dir / f"from-{digest}"
     options = TrainOptions(
         step_rows_every=step_rows_every,
+        histograms_every=histograms_every,
         checkpoint_dir=checkpoint_dir,
         checkpoint_minutes=checkpoint_minutes,
+        on_trained=_keeper(keep_model, spec, dataset) if keep_model else None,
     )
     with Progress(spec, len(dataset.train)) as display:
         if db is None:
-            result = train(spec, dataset, display, device, options=options)
+            result = train(spec, dataset, display, device, options=options, initialise=initialise)
         else:
             result = _train_recorded(spec, dataset, display, device, options, db)
     print_result(spec, result, shown)
     if result.status is not RunStatus.DONE:
         raise typer.Exit(1)
+
+
+def _started_from(folder: Path, spec: RunSpec, dataset: "Dataset") -> tuple[Any, str]:
+    """What sets a new model to an exported one's weights, and the digest of those."""
+    from trainer.export import load_exported_model, start_from
+
+    saved = load_exported_model(folder)
+
+    def initialise(model: Any) -> None:
+        new = start_from(model, spec, saved, dataset.item_ids)
+        print(
+            f"starting from {folder}: {dataset.num_items - new:,} of its {saved.num_items:,} "
+            f"items, {new:,} new ones",
+            file=sys.stderr,
+        )
+
+    return initialise, saved.digest()
+
+
+def _keeper(path: Path, spec: RunSpec, dataset: "Dataset") -> Any:
+    """What writes a trained model to a file."""
+    from trainer.export import keep_model
+
+    return lambda model, result: keep_model(path, model, spec, dataset, result)
 
 
 def spec_options() -> list[inspect.Parameter]:
