@@ -13,7 +13,7 @@ from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import lsq_linear
+from scipy.optimize import nnls
 
 from db.errors import SearchError
 from db.spec import RunSpec
@@ -241,6 +241,7 @@ def calibrate(
     measured: Sequence[float],
     *,
     padded: bool = False,
+    with_errors: bool = True,
 ) -> MemoryModel:
     """Fit the factors to measured peaks of one memory source and device class.
 
@@ -257,6 +258,8 @@ def calibrate(
         Peak training memory of each, bytes.
     padded : bool
         Whether the measured trainer computes padded positions.
+    with_errors : bool
+        Refit without each run in turn to learn how far predictions are off.
 
     Raises
     ------
@@ -278,7 +281,7 @@ def calibrate(
     factors = _solve(design, target, prior)
     errors = [
         float(design[i] @ _solve(np.delete(design, i, 0), np.delete(target, i), prior) - 1)
-        for i in range(len(peaks))
+        for i in range(len(peaks) if with_errors else 0)
     ]
     unit = prior[1]
     return MemoryModel(
@@ -304,7 +307,7 @@ def _solve(design: Array, target: Array, prior: tuple[Array, float]) -> Array:
     for _ in range(5):
         rows = np.vstack([design * weight[:, None], _STRENGTH * np.eye(len(center))])
         right = np.concatenate([target * weight, _STRENGTH * center])
-        solution = lsq_linear(rows, right, (0, np.inf)).x
+        solution = nnls(rows, right)[0]
         error = np.abs(design @ solution - 1)
         weight = np.sqrt(np.minimum(1, 0.2 / np.maximum(error, 1e-9)))
     result: Array = solution

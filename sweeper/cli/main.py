@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stop": ("sweeper.cli.stop:stop", "Let the running points finish and start no more."),
     "cluster": ("sweeper.cli.cluster:app", "Check a Ray cluster before a sweep."),
     "runs": ("sweeper.cli.runs:runs", "List, filter and sort runs."),
+    "advise": ("sweeper.cli.advise:advise", "Choose a setting for a memory and time budget."),
     "query": ("sweeper.cli.query:query", "Ask the run database in read-only SQL."),
     "report": ("sweeper.cli.report:report", "Draw trade-offs, importances and findings."),
     "import": ("sweeper.cli.import_:app", "Take other people's runs into the database."),
