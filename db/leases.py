@@ -328,15 +328,13 @@ def inherit(connection: Connection, held: Claim, before_step: int) -> int:
     ).one()
 
 
-def has_ended(connection: Connection, held: Claim, status: AttemptStatus | None) -> bool:
-    """Whether the attempt has just this end; None asks whether it has any but `lost`."""
+def has_ended(connection: Connection, held: Claim, status: AttemptStatus) -> bool:
+    """Whether the attempt has just this end, reached with this token."""
     found = connection.scalars(
         sa.select(attempts.c.status).where(
             attempts.c.id == held.attempt_id, attempts.c.token == held.token
         )
     ).one_or_none()
-    if status is None:
-        return found not in (None, AttemptStatus.RUNNING, AttemptStatus.LOST)
     return found == status
 
 

@@ -54,17 +54,19 @@ def _replay(engine: Engine, path: Path) -> int:
     if "attempt" not in first:
         raise StoreError(f"{path.name}, line 1: not a spool; move the file away to go on")
     held = spool.claim_of(first)
-    count = 0
+    count, last = 0, first
     with engine.connect() as connection:
-        for line in lines:
-            try:
+        try:
+            for last in lines:
                 with connection.begin():
-                    count += _replay_line(connection, held, line)
-            except LostLeaseError:
-                with connection.begin():
-                    if leases.has_ended(connection, held, _end_status(line)):
-                        continue
-                raise
+                    count += _replay_line(connection, held, last)
+        except LostLeaseError:
+            *_, last = (last, *lines)
+            # a replay that broke off between the last commit and the removal of the file
+            status = _end_status(last)
+            with connection.begin():
+                if status is None or not leases.has_ended(connection, held, status):
+                    raise
     return count
 
 
@@ -90,4 +92,5 @@ def _replay_line(connection: Connection, held: Claim, line: Mapping[str, Any]) -
 def _end_status(line: Mapping[str, Any]) -> AttemptStatus | None:
     if "finish" in line:
         return AttemptStatus(line["finish"]["result"]["status"])
-    return {"fail": AttemptStatus.ERROR, "cancel": AttemptStatus.CANCELLED}.get(next(iter(line)))
+    ends = {"fail": AttemptStatus.ERROR, "cancel": AttemptStatus.CANCELLED}
+    return ends.get(next(iter(line)))

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from db import spool
+from db import leases, spool
 from db.errors import StoreError
 from db.rows import Batch, step_row
 from db.spec import RunStatus
@@ -47,6 +47,21 @@ def test_a_replay_that_broke_off_is_repeated_without_repeats(filled, bench):
     path.write_bytes(content)
     bench.store.replay_spools(bench.spool_dir)
     assert bench.steps_of(held) == [0, 1, 2, 3]
+
+
+def test_a_replayed_end_is_recognised_and_never_repeated(filled, bench, result):
+    held, path = filled
+    with path.open("ab") as file:
+        end = {"finish": {"result": leases.result_to_dict(result())}}
+        file.write(json.dumps(end).encode() + b"\n")
+    content = path.read_bytes()
+    assert bench.store.replay_spools(bench.spool_dir).replayed == 1
+    assert bench.store.run(held.run_key).status is RunStatus.DONE
+    path.write_bytes(content)
+    counts = bench.store.replay_spools(bench.spool_dir)
+    assert (counts.replayed, counts.fenced, counts.rows) == (1, 0, 0)
+    assert bench.rows("SELECT count(*) FROM run_summary") == [(1,)]
+    assert not path.exists()
 
 
 def test_damage_is_named_and_nothing_is_removed(filled, bench):
