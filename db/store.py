@@ -433,6 +433,20 @@ class RunStore:
             if proven_by is not None:
                 _inherit_bound(connection, run.id, proven_by)
 
+    def inherit_steps(self, held: Claim, before_step: int) -> int:
+        """Copy the rows below a step from the attempt before, for training that resumes there.
+
+        Replay the spools at hand first. Returns the step rows that the attempt has below
+        `before_step`: fewer than the training took mean that it must start anew.
+
+        Raises
+        ------
+        LostLeaseError
+            The attempt is no longer this worker's.
+        """
+        with translated(self.url), self._engine.begin() as connection:
+            return leases.inherit(connection, held, before_step)
+
     def writer(
         self,
         held: Claim,
