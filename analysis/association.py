@@ -148,11 +148,13 @@ def bca_interval(
     Returns
     -------
     low, high : float
-        nan where more than a twentieth of the resamples is undefined or all are equal.
+        nan where more than a twentieth of the resamples is undefined.
     """
     defined = resampled[np.isfinite(resampled)]
-    if len(defined) < 0.95 * len(resampled) or not len(defined) or np.ptp(defined) == 0.0:
+    if len(defined) < 0.95 * len(resampled) or not len(defined):
         return np.nan, np.nan
+    if np.ptp(defined) < 1e-12:
+        return float(defined.min()), float(defined.max())
     below = (np.mean(defined < estimate) + np.mean(defined <= estimate)) / 2
     bias = special.ndtri(below)
     spread = np.nanmean(jackknife) - jackknife[np.isfinite(jackknife)]

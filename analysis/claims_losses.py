@@ -240,8 +240,7 @@ def _signed(estimate: Estimate, sign: int) -> Estimate:
 
 
 def _best(group: pd.DataFrame, losses: Sequence[str]) -> pd.Series | None:
-    runs = group[group["loss"].isin(losses)].assign(**{NDCG: numeric(group, NDCG)})
-    runs = runs.dropna(subset=[NDCG])
+    runs = group[group["loss"].isin(losses) & numeric(group, NDCG).notna()]
     return None if runs.empty else runs.loc[runs[NDCG].idxmax()]
 
 

@@ -115,7 +115,7 @@ def mean_estimate(
     mean = float(found.mean())
     if len(found) < MIN_COMPARISONS:
         return Estimate(mean, np.nan, np.nan, len(found), keys)
-    if np.ptp(found) == 0:
+    if np.ptp(found) <= 1e-12 * np.abs(found).max():
         return Estimate(mean, mean, mean, len(found), keys)
     drawn = np.random.default_rng(seed).integers(len(found), size=(resamples, len(found)))
     jackknife = (found.sum() - found) / (len(found) - 1)
@@ -144,9 +144,9 @@ def cells(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str]) -> pd.
     if table.empty:
         return pd.DataFrame(columns=[*by, *columns, "run_keys"])
     grouped = table.groupby(list(by), dropna=False, sort=True)
-    out = grouped[list(columns)].mean()
-    out["run_keys"] = grouped["run_key"].agg(tuple)
-    return out.reset_index()
+    # one aggregation: a second one would not align on a missing number of negatives
+    out = grouped.agg({**dict.fromkeys(columns, "mean"), "run_key": tuple})
+    return out.rename(columns={"run_key": "run_keys"}).reset_index()
 
 
 def matched(
