@@ -17,6 +17,7 @@ from typing import Any, get_args
 from db.errors import GridError, SpecError
 from db.spec import SAMPLED_LOSSES, Loss, RunSpec, field_types, paper_profile, suggestion
 from sweeper.located import Located, load_located, parse_located
+from sweeper.search.settings import SearchSettings, read_search
 
 MAX_POINTS = 100_000
 """Most points of one grid; more is nearly always a slip of the pen."""
@@ -25,7 +26,7 @@ FIRST_SEED = 42
 
 _FIELDS = tuple(field_types())
 _BLOCK_KEYS = (*_FIELDS, "profile", "seeds", "product", "zip")
-_TOP_KEYS = ("sweep", "description", *_BLOCK_KEYS, "blocks", "exclude", "resources")
+_TOP_KEYS = ("sweep", "description", *_BLOCK_KEYS, "blocks", "exclude", "resources", "search")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(RunSpec)}
 
 
@@ -60,6 +61,8 @@ class Grid:
     """Combinations of loss and num_negatives that mean nothing and were left out."""
     notes: tuple[str, ...] = ()
     """What a user may want to look at, one line each."""
+    search: SearchSettings | None = None
+    """How to choose among the points instead of running them all."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def _expand(root: Located, text: str, stem: str, max_points: int) -> Grid:
     return Grid(
         name, text, tuple(points), _read_resources(top),
         counts["duplicate"], counts["excluded"], counts["conditional"], notes,
+        read_search(top["search"]) if "search" in top else None,
     )  # fmt: skip
 
 

@@ -204,10 +204,11 @@ class _Sweep:
         check_negatives(grid.points, {n: CatalogSize(n, d.num_items) for n, d in datasets.items()})
         check_resources(self._resources, cpus=cpus, gpus=gpus, where=place)
         device_type = "cuda" if self._resources.gpus else "cpu"
-        self._planned = _planned(grid.points, datasets, device_type)
+        self._candidates = _planned(grid.points, datasets, device_type)
+        self._planned = self._candidates if grid.search is None else {}
         self._costs = {
             key: predicted_cost(run.spec, datasets[run.spec.dataset].num_items)
-            for key, run in self._planned.items()
+            for key, run in self._candidates.items()
         }
         self._clock = RateClock(self._costs)
         self._varying = _varying_fields(grid.points)
@@ -239,6 +240,9 @@ class _Sweep:
         for dataset in datasets.values():
             self._store.put_dataset(dataset_record(dataset))
         self._store.put_sweep(self._grid.name, self._grid.text, list(self._planned.values()))
+        if self._grid.search is not None:
+            asked = self._view.statuses()
+            self._planned = {k: run for k, run in self._candidates.items() if k in asked}
         if self._options.retry_failed:
             for run in self._store.sweep_runs(self._grid.name, [RunStatus.FAILED]):
                 if run.key in self._planned:
@@ -247,7 +251,7 @@ class _Sweep:
     def unfinished(self) -> bool:
         """Whether any run is not final."""
         statuses = self._statuses()
-        return any(not status.is_final for status in statuses.values())
+        return any(not status.is_final for status in statuses.values()) or self._ask()
 
     def outcome(self, **how: Any) -> Outcome:
         """State of the sweep now."""
@@ -282,7 +286,11 @@ class _Sweep:
             self._free_orphans()
             tasks = [] if self._drain else self._plan()
             if not tasks:
-                if self._drain or not self._running():
+                if self._drain:
+                    return
+                if not self._running():
+                    if self._ask():
+                        continue
                     return
                 signals.sleep(self._options.poll_seconds)
                 continue
@@ -302,6 +310,22 @@ class _Sweep:
             idle = 0 if self._num_attempts() > before else idle + 1
             if errors and idle >= _IDLE_ROUNDS:
                 raise LaunchError(f"no worker can start a run: {errors[0]}")
+
+    def _ask(self) -> bool:
+        """Let a search choose its next runs; whether it did."""
+        if self._grid.search is None:
+            return False
+        from sweeper.search.rounds import next_round
+
+        candidates = {key: run.spec for key, run in self._candidates.items()}
+        fingerprint = next(iter(self._candidates.values())).fingerprint
+        keys = next_round(
+            self._options.database, self._grid.name, self._grid.search, candidates, fingerprint
+        )
+        chosen = {key: self._candidates[key] for key in keys}
+        self._store.put_sweep(self._grid.name, self._grid.text, list(chosen.values()))
+        self._planned = self._planned | chosen
+        return bool(chosen)
 
     def _plan(self) -> list[Task]:
         """Pending runs to try now, the longest first; those beyond their retries are closed."""

@@ -5,7 +5,7 @@ Nothing is kept between calls, so a search that was killed goes on from the run 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, get_args
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from db.spec import RunSpec, RunStatus, suggestion
 from sweeper.memory_model import Shape
 from sweeper.search.acquisition import expected_improvement, hypervolume
 from sweeper.search.samplers import grid_order, optuna_points, random_order
+from sweeper.search.settings import SAMPLERS, Sampler
 from sweeper.search.space import (
     MEMORY,
     Constraint,
@@ -27,9 +28,7 @@ from sweeper.search.space import (
 from sweeper.search.surrogate import Surrogate, Transfer, Trend, fit_surrogate, learn
 
 Array = NDArray[np.float64]
-Sampler = Literal["srsweep", "grid", "random", "tpe", "nsga2", "gp"]
 
-SAMPLERS: Final = get_args(Sampler)
 REFERENCE: Final = 1.05
 """Reference point of the hypervolume, objectives spanning [0, 1] over the space."""
 _HOPELESS: Final = 0.02

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from db import query
@@ -24,6 +24,8 @@ class KnownRun:
     observation: Observation
     device_class: str | None
     memory_source: str | None
+    fingerprint: str = ""
+    """Of the dataset it trained on."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class History:
 
     runs: Mapping[str, Sequence[KnownRun]]
     shapes: Mapping[str, Shape]
-    datasets: Mapping[str, str] = field(default_factory=dict)
-    """Fingerprint of each dataset."""
+
+    def only(self, dataset: str) -> "History":
+        """Runs of one dataset."""
+        return History({dataset: self.runs[dataset]}, self.shapes)
 
     def on_device(self, device_class: str | None) -> "History":
         """Only runs of one device class, and those without any; None keeps the commonest.
@@ -67,7 +71,7 @@ class History:
             dataset: [r for r in runs if r.device_class in (None, device_class)]
             for dataset, runs in self.runs.items()
         }
-        return History(kept, self.shapes, self.datasets)
+        return History(kept, self.shapes)
 
     def observations(self, dataset: str) -> list[Observation]:
         """Observations on one dataset, repeats of a specification averaged."""
@@ -100,19 +104,19 @@ def read_history(url: str) -> History:
     rows = query.rows(
         url,
         f"select r.run_key, r.replicate, coalesce(s.status, r.status) as found_status, "
-        f"{spec_columns}, {measures}, s.memory_bound_bytes, s.device_class, s.memory_source "
-        "from runs r left join run_summary s on s.run_id = r.id order by r.id, s.device_class",
+        f"{spec_columns}, {measures}, s.memory_bound_bytes, s.device_class, s.memory_source, "
+        "d.fingerprint from runs r join datasets d on d.id = r.dataset_id "
+        "left join run_summary s on s.run_id = r.id order by r.id, s.device_class",
     )
     runs: dict[str, list[KnownRun]] = {}
     for row in rows:
         runs.setdefault(row["dataset"], []).append(_known_run(row))
-    shapes, fingerprints = {}, {}
+    shapes = {}
     for row in query.rows(url, "select * from datasets order by id"):
-        fingerprints[row["name"]] = row["fingerprint"]
         shape = _shape(row)
         if shape is not None:
             shapes[row["name"]] = shape
-    return History(runs, shapes, fingerprints)
+    return History(runs, shapes)
 
 
 def _known_run(row: Mapping[str, Any]) -> KnownRun:
@@ -122,7 +126,9 @@ def _known_run(row: Mapping[str, Any]) -> KnownRun:
         {name: row[name] for name in _MEASURES if row[name] is not None},
         row["memory_bound_bytes"],
     )
-    return KnownRun(row["run_key"], observation, row["device_class"], row["memory_source"])
+    return KnownRun(
+        row["run_key"], observation, row["device_class"], row["memory_source"], row["fingerprint"]
+    )
 
 
 def _shape(row: Mapping[str, Any]) -> Shape | None:
