@@ -5,6 +5,7 @@ Knows no Ray. The database decides who may run what; a worker that lost its clai
 
 import importlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from sweeper.device import (
     package_versions,
     process_space,
 )
-from sweeper.plan import SHARED_OUT_OF_MEMORY, TIME_LIMIT, Slot
+from sweeper.plan import SHARED_OUT_OF_MEMORY, Slot
 
 
 class TimeLimitExceeded(Exception):
@@ -48,6 +49,8 @@ class WorkerSettings:
     lease_seconds: float = 60.0
     time_limit_seconds: float | None = None
     step_rows_every: int = 1
+    checkpoint_minutes: float = 10.0
+    """Time between checkpoints, from which a later attempt on the same host goes on."""
     trainer: str = "trainer.loop:train"
     """`module:function` with the signature of `trainer.loop.train`."""
 
@@ -79,7 +82,7 @@ def execute(key: str, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
         return {"key": key, "outcome": "elsewhere"}
     try:
         with store.writer(claim, spool_dir=Path(settings.spool_dir)) as writer:
-            outcome = _train(claim, writer, settings, slot)
+            outcome = _Execution(store, claim, writer, settings, slot).run()
     except LostLeaseError:
         outcome = {"outcome": "lost"}
     return {"key": key, **outcome, "seconds": time.monotonic() - began}
@@ -100,38 +103,87 @@ def describe_worker(settings: WorkerSettings, slot: Slot) -> WorkerInfo:
     )
 
 
-def _train(claim: Claim, writer: RunWriter, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
-    try:
-        dataset = _open_dataset(claim.spec.dataset, settings)
-        recorder = _Watched(writer, settings.time_limit_seconds)
-        result = _load_trainer(settings.trainer)(claim.spec, dataset, recorder, slot.device)
-    except LostLeaseError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        with suppress(LostLeaseError):
-            writer.cancel()
-        raise
-    except Exception as error:
-        name = TIME_LIMIT if isinstance(error, TimeLimitExceeded) else type(error).__name__
-        text = " ".join(str(error).split())[:2000]
-        writer.fail(name, text)
-        return {"outcome": "error", "error": f"{name}: {text}"}
-    if result.status is RunStatus.OUT_OF_MEMORY and not slot.whole:
-        writer.fail(SHARED_OUT_OF_MEMORY, result.error or "out of memory")
-        return {"outcome": "error", "error": "out of memory on a shared device"}
-    writer.finish(result)
-    return {"outcome": result.status.value, "ndcg_at_10": result.test.get("ndcg_at_10")}
+class _StaleCheckpoint(Exception):
+    """Training resumed at a step whose earlier rows the database does not have."""
+
+
+class _Execution:
+    """One attempt: training between its claim and its end."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        claim: Claim,
+        writer: RunWriter,
+        settings: WorkerSettings,
+        slot: Slot,
+    ) -> None:
+        self._store, self._claim, self._writer = store, claim, writer
+        self._settings, self._slot = settings, slot
+        self._checkpoints = Path(settings.spool_dir) / "checkpoints" / claim.run_key[:32]
+
+    def run(self) -> dict[str, Any]:
+        """Train and end the attempt; what it amounts to, for the display."""
+        try:
+            result = self._train()
+        except LostLeaseError:
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            with suppress(LostLeaseError):
+                self._writer.cancel()
+            raise
+        except Exception as error:
+            return self._fail(type(error).__name__, " ".join(str(error).split())[:2000])
+        if result.status is RunStatus.OUT_OF_MEMORY and not self._slot.whole:
+            return self._fail(SHARED_OUT_OF_MEMORY, result.error or "out of memory")
+        self._writer.finish(result)
+        return {"outcome": result.status.value, "ndcg_at_10": result.test.get("ndcg_at_10")}
+
+    def _fail(self, error_class: str, message: str) -> dict[str, Any]:
+        self._writer.fail(error_class, message)
+        return {"outcome": "error", "error": f"{error_class}: {message}"}
+
+    def _train(self) -> RunResult:
+        from trainer.loop import TrainOptions
+
+        settings = self._settings
+        dataset = _open_dataset(self._claim.spec.dataset, settings)
+        options = TrainOptions(
+            step_rows_every=settings.step_rows_every,
+            checkpoint_dir=self._checkpoints,
+            checkpoint_minutes=settings.checkpoint_minutes,
+        )
+        train = _load_trainer(settings.trainer)
+        recorder = _Watched(self._writer, settings.time_limit_seconds, self._resumed)
+        try:
+            return train(self._claim.spec, dataset, recorder, self._slot.device, options=options)
+        except _StaleCheckpoint:
+            shutil.rmtree(self._checkpoints)
+            return train(self._claim.spec, dataset, recorder, self._slot.device, options=options)
+
+    def _resumed(self, step: int) -> None:
+        """Take over the rows of the attempt before, below the step at which training goes on."""
+        rows = self._store.inherit_steps(self._claim, step)
+        if rows < -(-step // self._settings.step_rows_every):
+            raise _StaleCheckpoint
 
 
 class _Watched:
-    """A recorder that ends a run which takes too long."""
+    """A recorder that notices where training resumed, and ends a run that takes too long."""
 
-    def __init__(self, writer: RunWriter, limit_seconds: float | None) -> None:
+    def __init__(
+        self, writer: RunWriter, limit_seconds: float | None, resumed: Callable[[int], None]
+    ) -> None:
         self._writer = writer
         self._limit = limit_seconds
+        self._resumed = resumed
+        self._is_first = True
         self._began = time.monotonic()
 
     def step(self, record: StepRecord) -> None:
+        if self._is_first and record.step >= 1:
+            self._resumed(record.step)
+        self._is_first = False
         self._writer.step(record)
         if self._limit is not None and time.monotonic() - self._began > self._limit:
             raise TimeLimitExceeded(
