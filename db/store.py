@@ -3,11 +3,8 @@
 Every method is one short transaction and may be repeated without harm.
 """
 
-import datetime
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +15,15 @@ from db import leases, migrate, replay
 from db.connect import parse_url, reading, shown, translated, write_engine
 from db.errors import StoreError
 from db.leases import Claim, WorkerInfo
-from db.measures import RunResult
+from db.records import (
+    DatasetRecord,
+    PlannedRun,
+    StoredAttempt,
+    StoredRun,
+    StoredSweep,
+    SweepCounts,
+    source_fingerprint,
+)
 from db.schema import (
     OWN,
     attempts,
@@ -31,13 +36,12 @@ from db.schema import (
     sweeps,
     utc_in,
 )
-from db.spec import AttemptStatus, RunSpec, RunStatus, run_key
+from db.spec import AttemptStatus, RunStatus
 from db.writer import RunWriter
 
 __all__ = [
     "Claim",
     "DatasetRecord",
-    "ImportedRun",
     "PlannedRun",
     "RunStore",
     "StoredAttempt",
@@ -49,118 +53,6 @@ __all__ = [
 ]
 
 _KEYS_PER_QUERY = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetRecord:
-    """A prepared or published dataset."""
-
-    name: str
-    fingerprint: str
-    """64 hex digits; of imported datasets `source_fingerprint`."""
-    num_users: int | None = None
-    num_items: int | None = None
-    """Catalog V: the items of the training events."""
-    num_items_filtered: int | None = None
-    """Items after filtering, those without a training event included."""
-    num_interactions: int | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """Content of `dataset.json`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """A point that is asked for."""
-
-    spec: RunSpec
-    """With a resolved precision."""
-    fingerprint: str
-    """Of the dataset, which the database already knows."""
-    replicate: int = 0
-
-    @property
-    def key(self) -> str:
-        """Identity of the run; see `db.spec.run_key`."""
-        return run_key(self.spec, self.fingerprint, self.replicate)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepCounts:
-    """What `put_sweep` found: new runs, known ones still to do, and those with a final status."""
-
-    new: int
-    known: int
-    final: int
-
-    @property
-    def total(self) -> int:
-        """Runs of the grid, each counted once."""
-        return self.new + self.known + self.final
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredSweep:
-    """A sweep and how many of its runs have each status."""
-
-    name: str
-    grid: str
-    created_at: datetime.datetime
-    launched_at: datetime.datetime
-    counts: Mapping[RunStatus, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredRun:
-    """A run as the database knows it, with its last attempt."""
-
-    key: str
-    spec: RunSpec
-    replicate: int
-    status: RunStatus
-    reason: str | None
-    skipped_by: str | None
-    num_attempts: int
-    last_attempt_status: AttemptStatus | None
-    last_error_class: str | None
-    last_error_message: str | None
-    last_device_class: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredAttempt:
-    """One try at a run."""
-
-    number: int
-    status: AttemptStatus
-    device_class: str
-    timing: str | None
-    host: str | None
-    pid: int | None
-    started_at: datetime.datetime
-    heartbeat_at: datetime.datetime | None
-    lease_until: datetime.datetime | None
-    ended_at: datetime.datetime | None
-    last_step: int | None
-    error_class: str | None
-    error_message: str | None
-    requested_bytes: int | None
-    allocated_bytes: int | None
-    total_bytes: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportedRun:
-    """A run that somebody else trained, with what was published of it."""
-
-    planned: PlannedRun
-    result: RunResult
-    device_class: str
-    timing: str | None = None
-
-
-def source_fingerprint(source: str, dataset: str) -> str:
-    """Fingerprint of a dataset known only by its name in a source: SHA-256 of `source:name`."""
-    return hashlib.sha256(f"{source}:{dataset}".encode()).hexdigest()
 
 
 class RunStore:
@@ -237,47 +129,11 @@ class RunStore:
         by_key = {run.key: run for run in planned}
         with translated(self.url), self._engine.begin() as connection:
             before = _statuses(connection, list(by_key))
-            _insert_runs(connection, by_key, OWN, RunStatus.PENDING)
+            _insert_runs(connection, by_key)
             sweep_id = _put_sweep_row(connection, name, grid_text)
             _link(connection, sweep_id, list(by_key))
             final = sum(RunStatus(status).is_final for status in before.values())
         return SweepCounts(new=len(by_key) - len(before), known=len(before) - final, final=final)
-
-    def import_runs(
-        self, source: str, imported: Sequence[ImportedRun], *, sweep: str | None = None
-    ) -> int:
-        """Record finished runs from elsewhere; those already known stay as they are.
-
-        Parameters
-        ----------
-        source : str
-            Where they are from; becomes `runs.source`.
-        imported : sequence of ImportedRun
-            Their datasets have been put before.
-        sweep : str, optional
-            Sweep to list them under; the source's name by default.
-
-        Returns
-        -------
-        int
-            Runs that are new.
-        """
-        if source == OWN:
-            raise StoreError(f"source {source!r} means runs trained here; name another source")
-        by_key = {run.planned.key: run for run in imported}
-        with translated(self.url), self._engine.begin() as connection:
-            known = _statuses(connection, list(by_key))
-            new = {key: run for key, run in by_key.items() if key not in known}
-            for status in {run.result.status for run in new.values()}:
-                chosen = {k: r.planned for k, r in new.items() if r.result.status is status}
-                _insert_runs(connection, chosen, source, status)
-            ids = _ids(connection, list(new))
-            rows = [_imported_summary(ids[key], run) for key, run in new.items()]
-            for group in _by_columns(rows):
-                connection.execute(run_summary.insert().values(finished_at=utc_in()), group)
-            sweep_id = _put_sweep_row(connection, sweep or source, f"imported from {source}")
-            _link(connection, sweep_id, list(by_key))
-        return len(new)
 
     def sweeps(self) -> list[StoredSweep]:
         """All sweeps, the last launched first."""
@@ -494,9 +350,7 @@ def _ids(connection: Connection, keys: list[str]) -> dict[str, int]:
     return found
 
 
-def _insert_runs(
-    connection: Connection, by_key: Mapping[str, PlannedRun], source: str, status: RunStatus
-) -> None:
+def _insert_runs(connection: Connection, by_key: Mapping[str, PlannedRun]) -> None:
     if not by_key:
         return
     fingerprints = {run.fingerprint: run.spec.dataset for run in by_key.values()}
@@ -519,7 +373,7 @@ def _insert_runs(
         for key, run in by_key.items()
     ]
     statement = leases.insert_ignore(connection, runs).values(
-        source=source, status=status, created_at=utc_in(), updated_at=utc_in()
+        source=OWN, status=RunStatus.PENDING, created_at=utc_in(), updated_at=utc_in()
     )
     connection.execute(statement, rows)
 
@@ -546,23 +400,6 @@ def _link(connection: Connection, sweep_id: int, keys: list[str]) -> None:
                 for position, key in enumerate(keys)
             ],
         )
-
-
-def _imported_summary(run_id: int, run: ImportedRun) -> dict[str, Any]:
-    return {
-        "run_id": run_id,
-        "device_class": run.device_class,
-        "timing": run.timing,
-        **leases.summary_values(run.result),
-    }
-
-
-def _by_columns(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows grouped by the columns they fill, as one INSERT each needs."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(sorted(row)), []).append(row)
-    return list(groups.values())
 
 
 def _inherit_bound(connection: Connection, run_id: int, proven_by: str) -> None:

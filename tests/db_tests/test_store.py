@@ -8,8 +8,8 @@ import time
 import pytest
 
 from db.errors import LostLeaseError, StoreError
-from db.spec import AttemptStatus, RunSpec, RunStatus
-from db.store import DatasetRecord, ImportedRun, PlannedRun, RunStore, source_fingerprint
+from db.spec import AttemptStatus, RunStatus
+from db.store import DatasetRecord, PlannedRun, RunStore
 
 
 def test_putting_a_sweep_again_changes_nothing(bench):
@@ -204,38 +204,6 @@ def test_a_larger_device_gets_its_own_summary(bench, result, worker):
         ("cpu-8GiB", "out_of_memory"),
         ("gpu-80GiB", "done"),
     ]
-
-
-def test_imported_runs_become_rows_once(bench, result):
-    source = source_fingerprint("paper", "beauty")
-    bench.store.put_dataset(DatasetRecord(name="beauty", fingerprint=source))
-    spec = RunSpec(dataset="beauty", precision="fp32", loss="ce_minus", num_negatives=8)
-    imported = [
-        ImportedRun(
-            planned=PlannedRun(spec=spec, fingerprint=source, replicate=replicate),
-            result=result(memory_source="published_mixed"),
-            device_class="published",
-        )
-        for replicate in (0, 1)
-    ]
-    imported.append(
-        ImportedRun(
-            planned=PlannedRun(spec=dataclasses.replace(spec, batch_size=4096), fingerprint=source),
-            result=result(RunStatus.OUT_OF_MEMORY, test={}, validation={}),
-            device_class="published",
-        )
-    )
-    assert bench.store.import_runs("paper", imported) == 3
-    assert bench.store.import_runs("paper", imported) == 0
-    runs = bench.store.sweep_runs("paper")
-    assert [run.replicate for run in runs] == [0, 1, 0]
-    assert [run.status for run in runs] == ["done", "done", "out_of_memory"]
-    assert bench.rows("SELECT source, count(*) FROM runs GROUP BY 1 ORDER BY 1") == [
-        ("own", 3),
-        ("paper", 3),
-    ]
-    with pytest.raises(StoreError, match="source 'own' means runs trained here"):
-        bench.store.import_runs("own", imported)
 
 
 def test_resuming_training_takes_over_the_rows_before_it(bench, step, evaluation):
