@@ -105,7 +105,7 @@ def _build(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     deficit = np.cumsum(1 - scaled[small])
     excess = np.cumsum(scaled[large] - 1)
     before = np.concatenate([[0.0], deficit[:-1]])
-    server = np.minimum(np.searchsorted(excess, before, side="right"), len(large) - 1)
+    server = np.minimum(np.searchsorted(excess, before, side="left"), len(large) - 1)
     alias[small] = large[server]
     threshold[small] = np.floor(scaled[small] * 2**32)
     # A large cell runs dry within the first small cell whose running deficit passes its excess.

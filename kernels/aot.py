@@ -167,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; repeatable")
     parser.add_argument("--width", type=int, action="append", help="embedding width; repeatable")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--fewer", action="store_true", help="one sampler, no filter: faster")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     options = parser.parse_args(arguments)
     print("arch  width  kernel                          regs  shared  spill  matrix")
@@ -174,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for arch in options.arch or [90]:
         for width in options.width or [64, 128, 256]:
             for variant in variants(width, getattr(torch, options.dtype)):
-                if options.only not in variant.name:
+                few = "filtered" not in variant.name and variant.name.count("/") < 2
+                few |= variant.name.endswith("/uniform")
+                if options.only not in variant.name or (options.fewer and not few):
                     continue
                 used = usage(variant, arch)
                 spilled += used.spill_bytes

@@ -278,8 +278,8 @@ def _centers(e: Tensor, valid: Tensor, num_buckets: int, mix: bool, seed: int | 
     generator = None
     if seed is not None:
         generator = torch.Generator(e.device).manual_seed(seed)
-    width = e.shape[1]
-    scale = width**-0.25
+    width: int = e.shape[1]
+    scale = float(width**-0.25)
     if not mix:
         shape = (num_buckets, width)
         return (torch.randn(shape, generator=generator, device=e.device) * scale).to(e.dtype)

@@ -362,6 +362,9 @@ def _reduce(
 def _autocast(
     e: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    for name, tensor in (("e", e), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
     device = e.device.type
     if not torch.is_autocast_enabled(device) or e.dtype == torch.float64:
         return e, weight, bias
