@@ -137,6 +137,7 @@ def train(
             )
         finally:
             run.close()
+            probe.close()
             release_memory(where)
 
 

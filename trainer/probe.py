@@ -10,7 +10,6 @@ import ctypes
 import gc
 import re
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +80,11 @@ class MemoryProbe:
         taken = self._baseline + self._excluded
         return MemoryReading(max(now - taken, 0), None, max(peak - taken, 0))
 
+    def close(self) -> None:
+        """End what the probe runs."""
+        if self._device.type != "cuda":
+            self._resident.close()
+
     def total_bytes(self) -> int:
         """Bytes that the device has."""
         if self._device.type == "cuda":
@@ -105,6 +109,10 @@ class _Resident:
         else:
             self._sampler.reset()
 
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.stop()
+
     def read(self) -> tuple[int, int]:
         status = _status()
         now = status[b"RssAnon"]
@@ -119,15 +127,20 @@ class _Sampler:
 
     def __init__(self) -> None:
         self.peak = 0
-        threading.Thread(target=self._watch, daemon=True, name="srsweep-memory").start()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="srsweep-memory")
+        self._thread.start()
 
     def reset(self) -> None:
         self.peak = 0
 
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
     def _watch(self) -> None:
-        while True:
+        while not self._stopped.wait(_SAMPLING_SECONDS):
             self.peak = max(self.peak, _status()[b"RssAnon"])
-            time.sleep(_SAMPLING_SECONDS)
 
 
 def release_memory(device: torch.device) -> None:
