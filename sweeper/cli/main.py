@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "query": ("sweeper.cli.query:query", "Ask the run database in read-only SQL."),
     "report": ("sweeper.cli.report:report", "Draw trade-offs, importances and findings."),
     "import": ("sweeper.cli.import_:app", "Take other people's runs into the database."),
+    "audit": ("sweeper.cli.audit:audit", "Check published runs and tables against themselves."),
     "export": ("sweeper.cli.export:export", "Write runs to CSV or Parquet."),
     "export-model": ("sweeper.cli.export_model:export_model", "Write a model with its item ids."),
     "db": ("sweeper.cli.db:app", "Create, upgrade, check and copy the run database."),
