@@ -11,10 +11,12 @@ from typing import TypeVar
 import pandas as pd
 
 from analysis.association import Associations, associations
+from analysis.audit import audit_tables
 from analysis.cache import ResultCache, content_key
 from analysis.findings import Findings, findings
 from analysis.frame import (
     MEMORY,
+    PAPER_SOURCE,
     QUALITY,
     TIME,
     FullCatalog,
@@ -41,6 +43,7 @@ from analysis.plots.negatives import Bars, negatives_figure
 from analysis.plots.style import Drawing
 from analysis.plots.tradeoff import tradeoff_data, tradeoff_figure
 from analysis.saturation import saturation_frame, saturations
+from analysis.tables import beside_the_paper
 from db.errors import AnalysisError
 
 Result = TypeVar("Result")
@@ -175,6 +178,7 @@ class _Writer:
         self.report, self.options, self.cache, self.progress = report, options, cache, progress
         self.drawings: list[Drawing] = []
         self.tables: dict[str, pd.DataFrame] = {}
+        self.comparisons: dict[str, pd.DataFrame] = {}
 
     def write(self, runs: Runs) -> None:
         """All stages."""
@@ -194,6 +198,7 @@ class _Writer:
         judged = self._stage("findings", lambda: self._findings(runs.frame, weighed))
         self._stage("trade-off", lambda: self._tradeoff(measured, runs.infeasible))
         self._stage("figures", lambda: self._figures(alike, found, weighed))
+        self._stage("comparisons", lambda: self._comparisons(runs.frame))
         self._table("runs", _runs_table(runs))
         self._stage("page", lambda: self._page(runs, judged))
         self.report.computed = self.cache.computed
@@ -264,6 +269,18 @@ class _Writer:
         for method in METHODS:
             self._draw(importances_figure(weighed, method))
 
+    def _comparisons(self, frame: pd.DataFrame) -> None:
+        beside = beside_the_paper(frame)
+        if len(beside):
+            self._table("paper_tables", beside)
+            for number, rows in beside.groupby("table"):
+                shown = rows.drop(columns="table").dropna(axis=1, how="all").round(5)
+                self.comparisons[f"Table {number} of the paper"] = shown
+        if frame["source"].astype(str).str.split("/").str[0].eq(PAPER_SOURCE).any():
+            for name, table in audit_tables(frame).items():
+                self._table(f"audit_{name}", table)
+                self.comparisons[f"Audit: {name}"] = table.round(4)
+
     def _page(self, runs: Runs, judged: Findings) -> None:
         page = Page(
             runs=runs,
@@ -272,6 +289,7 @@ class _Writer:
             notes=tuple(dict.fromkeys(self.report.notes)),
             options=asdict(self.options),
             verdicts=judged.texts_frame(),
+            comparisons=self.comparisons,
         )
         self.report.index.write_text(render_page(page, self.report.folder), encoding="utf-8")
         self.report.files.append(self.report.index)

@@ -76,4 +76,4 @@ def paper_frame(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     url = f"sqlite:///{tmp_path_factory.mktemp('paper')}/paper.db"
     runs = [replace(run, curve=()) for run in found.runs]
     put_foreign(url, "paper", "test", found.datasets, runs)
-    yield summary_frame(url)
+    return summary_frame(url)
