@@ -66,6 +66,8 @@ class LaunchOptions:
     retries: RetryLimits = dataclasses.field(default_factory=RetryLimits)
     retry_failed: bool = False
     """Try failed runs again."""
+    retry_out_of_memory: bool = False
+    """Try runs again that did not fit, and those skipped for it: this device is larger."""
     prune: bool = True
     """Skip runs that need at least the memory of one that did not fit."""
     lease_seconds: float = 60.0
@@ -243,10 +245,12 @@ class _Sweep:
         if self._grid.search is not None:
             asked = self._view.statuses()
             self._planned = {k: run for k, run in self._candidates.items() if k in asked}
-        if self._options.retry_failed:
-            for run in self._store.sweep_runs(self._grid.name, [RunStatus.FAILED]):
-                if run.key in self._planned:
-                    self._store.reset(run.key)
+        again = [RunStatus.FAILED] if self._options.retry_failed else []
+        if self._options.retry_out_of_memory:
+            again += [RunStatus.OUT_OF_MEMORY, RunStatus.SKIPPED]
+        for key, status in self._statuses().items():
+            if status in again:
+                self._store.reset(key)
 
     def unfinished(self) -> bool:
         """Whether any run is not final."""

@@ -49,6 +49,13 @@ def launch(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try runs that failed before once more.")
     ] = False,
+    retry_out_of_memory: Annotated[
+        bool,
+        typer.Option(
+            "--retry-out-of-memory",
+            help="Try runs again that did not fit, and those skipped for it, on a larger device.",
+        ),
+    ] = False,
     prune: Annotated[
         bool,
         typer.Option(
@@ -104,6 +111,7 @@ def launch(
         gpus=gpus,
         max_concurrent=max_concurrent,
         retry_failed=retry_failed,
+        retry_out_of_memory=retry_out_of_memory,
         prune=prune,
         step_rows_every=step_rows_every,
         lease_seconds=lease_seconds,

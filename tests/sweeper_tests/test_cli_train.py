@@ -23,7 +23,10 @@ def data_dir(tmp_path_factory):
 
 
 def shown(capsys, *arguments):
-    code = cli.main(list(arguments))
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as left:
+        code = left.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -132,6 +132,15 @@ def test_dominated_points_name_the_run_that_proves_it(planner):
     assert {row["skipped_by"] for row in skipped} == {proof[0]["run_key"]}
 
 
+def test_runs_that_did_not_fit_are_tried_again_on_a_larger_device(planner):
+    planner.behave(out_of_memory_from=64)
+    grid = "dataset: toy\nresources: {cpus: 2}\nbatch_size: 64\n"
+    assert planner.launch(grid).snapshot.counts == {"out_of_memory": 1}
+    planner.behave()
+    assert planner.launch(grid).snapshot.counts == {"out_of_memory": 1}
+    assert planner.launch(grid, retry_out_of_memory=True).snapshot.counts == {"done": 1}
+
+
 def test_no_prune_tries_every_point(planner):
     planner.behave(out_of_memory_from=64)
     planner.before_task = lambda task: time.sleep(0.1)
