@@ -59,8 +59,8 @@ def test_the_default_beats_random_with_a_sixth_of_the_runs(replay):
         ])
         for sampler in ("srsweep", "random")
     }  # fmt: skip
-    assert shares["srsweep"] > 0.95
-    assert shares["srsweep"] > shares["random"] + 0.05
+    assert shares["srsweep"] > 0.9
+    assert shares["srsweep"] > shares["random"] + 0.03
 
 
 def test_related_runs_make_the_first_question_a_good_one(replay):
