@@ -300,7 +300,7 @@ def grad_e_kernel(
             SAMPLED, HITS, CORRECTED, SIGMOID, HAS_MEAN, FILTER, False, BM, BN,
         )  # fmt: skip
         if FILTER > 0:
-            if tl.max(tl.max(tl.abs(grad), 1), 0) > 0.0:
+            if tl.max(tl.abs(grad)) > 0.0:
                 acc = tl.dot(grad.to(c_tile.dtype), c_tile, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(grad.to(c_tile.dtype), c_tile, acc, input_precision=PRECISION)
@@ -389,7 +389,7 @@ def grad_c_kernel(
         if HAS_BIAS:
             acc_bias += tl.sum(grad, 1)
         if FILTER > 0:
-            if tl.max(tl.max(tl.abs(grad), 1), 0) > 0.0:
+            if tl.max(tl.abs(grad)) > 0.0:
                 acc = tl.dot(grad.to(e_tile.dtype), e_tile, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(grad.to(e_tile.dtype), e_tile, acc, input_precision=PRECISION)
