@@ -200,7 +200,9 @@ def _spec(row: Mapping[str, Any], place: str) -> RunSpec:
     word = str(row["exp_name"]).rsplit("_", 1)[-1]
     loss = _LOSSES.get(word)
     if negatives is None and loss in {"ce_minus", "cce_minus"}:
-        loss = loss.removesuffix("_minus")  # Gowalla's full-catalog runs are named like sampled ones
+        loss = loss.removesuffix(
+            "_minus"
+        )  # Gowalla's full-catalog runs are named like sampled ones
     if loss is None:
         raise TransferError(
             f"{place}, column exp_name: {row['exp_name']!r} ends in none of "

@@ -51,9 +51,7 @@ def list_metrics(
     .. [1] Vasilev et al., "RePlay: a Recommendation Framework for Experimentation and Production
        Use", arXiv:2409.07272.
     """
-    values: dict[str, dict[int, list[float]]] = {
-        name: {k: [] for k in ks} for name in _ACCURACY
-    }
+    values: dict[str, dict[int, list[float]]] = {name: {k: [] for k in ks} for name in _ACCURACY}
     for user, relevant in ground_truth.items():
         found = _user_accuracy(recommendations.get(user, ()), relevant, ks)
         for name, per_k in found.items():
