@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final, Literal, cast, get_args
 
 from db.errors import SearchError
 from db.measures import MEASURES
@@ -59,11 +59,7 @@ def read_search(where: Located) -> SearchSettings:
     limits = {name: _number(found, name) for name in ("runs", "device_hours", "wall_hours")}
     if all(limit is None for limit in limits.values()):
         raise where.error("search needs a budget: runs, device_hours or wall_hours")
-    sampler = found["sampler"].scalar("sampler") if "sampler" in found else "srsweep"
-    if sampler not in SAMPLERS:
-        raise found["sampler"].error(
-            f"sampler {sampler!r} is unknown{suggestion(str(sampler), SAMPLERS)}"
-        )
+    sampler = _sampler(found["sampler"]) if "sampler" in found else "srsweep"
     listed = found["objectives"]
     items = listed.value if isinstance(listed.value, list) else [listed]
     try:
@@ -76,6 +72,13 @@ def read_search(where: Located) -> SearchSettings:
         limits["wall_hours"], _whole(found, "batch") or 1, _whole(found, "seed") or 0
         if "seed" in found else 42,
     )  # fmt: skip
+
+
+def _sampler(where: Located) -> Sampler:
+    value = where.scalar("sampler")
+    if value not in SAMPLERS:
+        raise where.error(f"sampler {value!r} is unknown{suggestion(str(value), SAMPLERS)}")
+    return cast(Sampler, value)
 
 
 def _constraints(where: Located) -> tuple[Constraint, ...]:
