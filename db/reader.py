@@ -1,11 +1,14 @@
 """Connections that cannot write, whatever SQL comes over them.
 
 SQLite files are opened with mode=ro, `query_only` and an authorizer that admits SELECT alone;
-PostgreSQL runs one cursor inside a read-only transaction with a time limit.
+PostgreSQL runs one cursor inside a read-only transaction with a time limit, and calls no function
+that may have side effects: such functions write files, signal other sessions or open connections
+of their own, which a read-only transaction does not prevent.
 """
 
 import decimal
 import os
+import re
 import sqlite3
 import time
 import urllib.parse
@@ -35,6 +38,26 @@ _ADMITTED = {
 _PRAGMAS = {"table_info", "table_xinfo", "table_list", "index_list", "index_info"}
 _ISOLATION = ("read_uncommitted", None)  # SQLAlchemy asks for it
 _REFUSED_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
+_LONGEST_VALUE = 64 * 2**20
+"""Most bytes of one value that SQLite may make, so that no `randomblob` takes all memory."""
+
+_HARMLESS = (
+    "array_sample", "array_shuffle", "bernoulli", "clock_timestamp", "gen_random_uuid",
+    "pg_database_size", "pg_indexes_size", "pg_relation_size", "pg_table_size",
+    "pg_total_relation_size", "random", "random_normal", "setseed", "system", "timeofday",
+    "uuidv4", "uuidv7",
+)  # fmt: skip
+# Functions declared volatile, and those of extensions that run a text as SQL. Names are sought
+# in the whole text, strings and comments included: no trick of quoting hides one.
+_SIDE_EFFECTS = """
+SELECT min(proname) FROM pg_catalog.pg_proc
+WHERE (provolatile = 'v' OR proname ~ '^(crosstab|connectby|xpath_table|dblink)')
+AND NOT proname::text = ANY(%(harmless)s)
+AND (proname::text = ANY(%(words)s)
+     OR (proname !~ '^[a-zA-Z_][a-zA-Z0-9_$]*$' AND position(proname::text in %(text)s) > 0))
+"""
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*")
+_ESCAPED_NAME = re.compile(r"[uU]&\"")
 
 
 @dataclass(frozen=True)
@@ -115,6 +138,7 @@ def _open_sqlite(path: Path, timeout_seconds: float) -> sqlite3.Connection:
     )
     connection.isolation_level = None
     connection.execute("PRAGMA query_only = ON")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
     connection.set_authorizer(_authorize)
     end = time.monotonic() + timeout_seconds
     connection.set_progress_handler(lambda: int(time.monotonic() > end), 10_000)
@@ -189,6 +213,7 @@ def _select_postgresql(
     driver = _driver(connection)
     driver.rollback()
     driver.read_only = True
+    _refuse_side_effects(driver, sql)
     # A named cursor is DECLAREd: the server itself admits one SELECT, no writing CTE, no
     # second statement and no command that could change or end the read-only transaction.
     with driver.cursor(name="srsweep_query") as cursor:
@@ -201,6 +226,23 @@ def _select_postgresql(
         names = _names([column.name for column in cursor.description or ()])
     driver.rollback()
     return Result(names, [_plain(row) for row in rows])
+
+
+def _refuse_side_effects(driver: Any, sql: str) -> None:
+    if _ESCAPED_NAME.search(sql):
+        raise StoreError('query: names written as U&"..." are refused; write the name itself')
+    words = set(_WORD.findall(sql))
+    values = {
+        "harmless": list(_HARMLESS),
+        "words": sorted(words | {word.lower() for word in words}),
+        "text": sql.replace('""', '"').replace("\0", ""),
+    }
+    found = driver.execute(_SIDE_EFFECTS, values).fetchone()
+    if found[0] is not None:
+        raise StoreError(
+            f"query: {found[0]!r} is a function that may have side effects; a query is one SELECT "
+            "and cannot write"
+        )
 
 
 def _plain(row: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,11 +3,13 @@
 import dataclasses
 import datetime
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
 
 import numpy as np
+import psycopg
 import pytest
 
 from db import query
@@ -16,6 +18,7 @@ from db.measures import METRIC_COLUMNS, METRICS
 from db.query import LISTED
 from db.schema import SPEC_COLUMNS
 from db.spec import RunStatus
+from db.store import RunStore
 
 WRITES = [
     "DELETE FROM runs",
@@ -61,6 +64,42 @@ WRITES_SQLITE = [
     "SELECT * FROM pragma_journal_mode('delete')",
     "CREATE VIRTUAL TABLE x USING fts5(a)",
     "CREATE TRIGGER x AFTER INSERT ON runs BEGIN DELETE FROM runs; END",
+    "CREATE TEMP TRIGGER x AFTER INSERT ON runs BEGIN DELETE FROM runs; END",
+    "CREATE VIRTUAL TABLE temp.x USING rtree(a, b, c)",
+    "ATTACH ':memory:' AS x",
+    "ATTACH 'file:other.db?mode=rwc' AS x",
+    "WITH x AS (SELECT 1) INSERT INTO sweeps (name) SELECT 'x'",
+    "INSERT INTO sweeps (name) VALUES ('x') RETURNING id",
+    "UPDATE runs SET status = 'done' RETURNING id",
+    "SELECT * FROM runs; PRAGMA query_only = OFF",
+    "PRAGMA query_only(0)",
+    "PRAGMA main.journal_mode(off)",
+    "PRAGMA journal_mode",
+    "PRAGMA schema_version = 1",
+    "PRAGMA application_id(7)",
+    "PRAGMA temp_store_directory = '.'",
+    "PRAGMA data_store_directory = '.'",
+    "PRAGMA trusted_schema = ON",
+    "PRAGMA foreign_keys = OFF",
+    "PRAGMA incremental_vacuum",
+    "PRAGMA optimize",
+    "PRAGMA hard_heap_limit = 1",
+    "SELECT * FROM pragma_query_only(0)",
+    "SELECT * FROM pragma_user_version(7)",
+    "SELECT load_extension('x', 'y') FROM runs",
+    "SELECT fts3_tokenizer('simple', x'00')",
+    "SELECT LOAD_EXTENSION('x')",
+    "SELECT \"load_extension\"('x')",
+    "EXPLAIN DELETE FROM runs",
+    "EXPLAIN QUERY PLAN DELETE FROM runs",
+    "BEGIN IMMEDIATE",
+    "END",
+    "ROLLBACK",
+    "RELEASE x",
+    "DROP TABLE IF EXISTS runs",
+    "ALTER TABLE runs RENAME TO x",
+    "DELETE FROM sqlite_sequence",
+    "INSERT OR REPLACE INTO sqlite_master VALUES (1, 2, 3, 4, 5)",
 ]
 WRITES_POSTGRES = [
     "COPY runs TO PROGRAM 'true'",
@@ -91,19 +130,117 @@ WRITES_POSTGRES = [
     "CLOSE ALL",
     "FETCH ALL FROM srsweep_query",
     "SELECT 1) TO STDOUT; DELETE FROM runs; --",
+    "WITH x AS (INSERT INTO sweeps (name) VALUES ('x') RETURNING id) SELECT id FROM x",
+    "WITH a AS (SELECT 1), b AS (UPDATE runs SET status = 'done' RETURNING id) SELECT * FROM b",
+    "SELECT * FROM runs FOR SHARE",
+    "SELECT set_config('default_transaction_read_only', 'off', false)",
+    "SELECT set_config('role', 'none', false), set_config('statement_timeout', '0', false)",
+    "SET LOCAL transaction_read_only = off; DELETE FROM runs",
+    "ROLLBACK; BEGIN READ WRITE; DELETE FROM runs; COMMIT",
+    "COMMIT AND CHAIN; DELETE FROM runs",
+    "START TRANSACTION READ WRITE",
+    "ABORT",
+    "ALTER SYSTEM SET fsync = off",
+    "ALTER ROLE current_user SUPERUSER",
+    "COPY (SELECT 1) TO PROGRAM 'touch x'",
+    "COPY (SELECT 1) TO '/dev/shm/srsweep-x'",
+    "COPY runs TO STDOUT",
+    "SELECT lo_export(0, '/dev/shm/srsweep-x')",
+    "SELECT lo_import('/etc/hostname')",
+    "SELECT lo_from_bytea(0, 'x')",
+    "SELECT pg_read_file('/etc/hostname')",
+    "SELECT * FROM pg_ls_dir('.')",
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity",
+    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity",
+    "SELECT pg_reload_conf()",
+    "SELECT pg_rotate_logfile()",
+    "SELECT pg_advisory_lock(1)",
+    "SELECT pg_create_physical_replication_slot('x', true)",
+    "SELECT pg_logical_emit_message(false, 'a', 'b')",
+    "SELECT pg_notify('x', 'y')",
+    "SELECT pg_sleep(1)",
+    "SELECT pg_stat_reset()",
+    "SELECT query_to_xml('SELECT lo_create(0)', true, true, '')",
+    "SELECT * FROM ts_stat('SELECT lo_create(0)::text::tsvector')",
+    "SELECT PG_CATALOG.PG_NOTIFY('x', 'y')",
+    "SELECT \"pg_notify\"('x', 'y')",
+    "SELECT pg_notify /* */ -- \n ('x', 'y')",
+    "SELECT U&\"\\0070g_notify\"('x', 'y')",
+    "SELECT u&\"!0070g_notify\" UESCAPE '!' ('x', 'y')",
+    "SELECT '\\', pg_notify('x', '\\')",
+    "SELECT E'\\'', pg_notify('x', $a$y$a$)",
+    "SELECT count(*) FROM runs WHERE pg_notify('x', 'y') IS NULL",
+    "SELECT count(*) FROM generate_series(1, 2) ORDER BY max(nextval('runs_id_seq'))",
+    "IMPORT FOREIGN SCHEMA public FROM SERVER x INTO public",
+    "CREATE EXTENSION dblink",
+    "REFRESH MATERIALIZED VIEW x",
+    "SECURITY LABEL ON TABLE runs IS 'x'",
+    "COMMENT ON TABLE runs IS 'x'",
+    "REASSIGN OWNED BY current_user TO public",
+    "DISCARD ALL",
+    "VACUUM FULL runs",
+    "EXECUTE x",
+    "DECLARE y CURSOR WITH HOLD FOR SELECT 1",
+    "EXPLAIN ANALYZE SELECT 1",
+    "TABLE runs; TRUNCATE steps",
 ]
+
+
+class Still:
+    """A database that no test here can change, and a connection that looks after it."""
+
+    def __init__(self, url, make_bench):
+        self.url = make_bench(url).url
+        if self.url.startswith("sqlite"):
+            path = self.url.removeprefix("sqlite:///")
+            self._connection = sqlite3.connect(path, isolation_level=None)
+        else:
+            self._connection = psycopg.connect(self.url, autocommit=True)
+        self._first = self.contents()
+
+    def contents(self):
+        """What a write could have changed: rows, statuses, tables, and settings that stay."""
+        tables = ("runs", "sweeps", "attempts", "steps", "run_summary")
+        counts = ", ".join(f"(SELECT count(*) FROM {table})" for table in tables)
+        if self.url.startswith("sqlite"):
+            more = ("(SELECT group_concat(name || coalesce(sql, '')) FROM sqlite_master), "
+                    "(SELECT journal_mode FROM pragma_journal_mode), "
+                    "(SELECT user_version FROM pragma_user_version)")  # fmt: skip
+        else:
+            more = (
+                "(SELECT string_agg(relname || coalesce(relacl::text, ''), ',' ORDER BY oid) "
+                "FROM pg_class WHERE relname !~ '^pg_'), (SELECT count(*) FROM pg_proc), "
+                "(SELECT last_value FROM runs_id_seq), "
+                "(SELECT count(*) FROM pg_largeobject_metadata), "
+                "(SELECT count(*) FROM pg_prepared_xacts), "
+                "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'), "
+                "(SELECT count(*) FROM pg_replication_slots)"
+            )
+        sql = f"SELECT {counts}, (SELECT min(status) FROM runs), {more}"
+        return self._connection.execute(sql).fetchall()
+
+    def check(self):
+        """Fail when anything is not as it was at first."""
+        assert self.contents() == self._first
+
+    def close(self):
+        self._connection.close()
 
 
 @pytest.fixture(scope="module")
 def still_sqlite(databases, make_bench):
-    """A SQLite database that no test here can change."""
-    return make_bench(databases.sqlite())
+    """The one on SQLite."""
+    made = Still(databases.sqlite(), make_bench)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
 def still_postgres(databases, make_bench):
-    """A PostgreSQL database that no test here can change."""
-    return make_bench(databases.postgres())
+    """The one on PostgreSQL."""
+    made = Still(databases.postgres(), make_bench)
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -131,51 +268,67 @@ def filled(bench, step, evaluation, result):
         yield bench
 
 
-def _contents(bench):
-    tables = ("runs", "sweeps", "attempts", "steps", "run_summary")
-    return [bench.rows(f"SELECT count(*) FROM {table}") for table in tables]
+def test_the_guard_of_these_tests_sees_a_write(databases, make_bench):
+    for url in (databases.sqlite(), databases.postgres()):
+        watched = Still(url, make_bench)
+        watched.check()
+        RunStore(url).put_sweep("other", "", [])
+        with pytest.raises(AssertionError):
+            watched.check()
+        watched.close()
 
 
 @pytest.mark.parametrize("sql", WRITES)
 def test_no_statement_writes(still, sql):
-    before = _contents(still)
     with pytest.raises(StoreError, match=r"^query: ") as caught:
         query.rows(still.url, sql)
     assert "\n" not in str(caught.value)
-    assert _contents(still) == before
+    still.check()
 
 
 @pytest.mark.parametrize("sql", WRITES_SQLITE)
 def test_no_statement_of_sqlite_writes(still_sqlite, sql, tmp_path, monkeypatch):
-    bench = still_sqlite
     monkeypatch.chdir(tmp_path)
-    before = _contents(bench)
     with pytest.raises(StoreError, match=r"^query: "):
-        query.rows(bench.url, sql)
-    assert _contents(bench) == before
-    assert not list(tmp_path.glob("*.db"))
-    assert bench.rows("PRAGMA journal_mode") == [("wal",)]
-    assert bench.rows("PRAGMA user_version") == [(0,)]
+        query.rows(still_sqlite.url, sql)
+    still_sqlite.check()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("sql", WRITES_POSTGRES)
 def test_no_statement_of_postgresql_writes(still_postgres, sql):
-    bench = still_postgres
-    before = _contents(bench)
-    sequence = bench.rows("SELECT last_value FROM runs_id_seq")
     with pytest.raises(StoreError, match=r"^query: "):
-        query.rows(bench.url, sql)
-    assert _contents(bench) == before
-    assert bench.rows("SELECT last_value FROM runs_id_seq") == sequence
+        query.rows(still_postgres.url, sql)
+    still_postgres.check()
 
 
-def test_a_setting_changed_by_a_query_is_gone_with_it(still_postgres):
-    bench = still_postgres
-    change = "SELECT set_config('default_transaction_read_only', 'off', false) AS value"
-    assert query.rows(bench.url, change) == [{"value": "off"}]
-    with pytest.raises(StoreError, match="a query is one SELECT and cannot write"):
-        query.rows(bench.url, "WITH x AS (DELETE FROM runs RETURNING 1) SELECT * FROM x")
-    assert len(_contents(bench)) == 5
+def test_a_function_of_the_database_itself_is_refused(databases, make_bench):
+    """Functions, operators of dblink and text run as SQL, which a read-only transaction admits."""
+    bench = make_bench(databases.postgres())
+    bench.execute("CREATE EXTENSION dblink")
+    bench.execute("CREATE EXTENSION tablefunc")
+    bench.execute(
+        'CREATE FUNCTION "End it ""all""!"() RETURNS integer LANGUAGE plpgsql AS '
+        "'BEGIN PERFORM pg_sleep(0); RETURN 1; END'"
+    )
+    bench.execute("CREATE FUNCTION twice(integer) RETURNS integer IMMUTABLE LANGUAGE sql AS "
+                  "'SELECT 2 * $1'")  # fmt: skip
+    for call in (
+        f"dblink_exec('{bench.url}', 'DELETE FROM runs')",
+        f"* FROM dblink('{bench.url}', 'DELETE FROM runs RETURNING id') AS t(id bigint)",
+        f"public . \"dblink_exec\" /* ( */ ('{bench.url}', 'DELETE FROM runs')",
+        "* FROM crosstab('SELECT ''a'', ''b'', lo' || '_create(0)::text') AS t(a text, b text)",
+        '"End it ""all""!"()',
+    ):
+        with pytest.raises(StoreError, match="is a function that may have side effects"):
+            query.rows(bench.url, f"SELECT {call}")
+    assert bench.rows("SELECT count(*) FROM runs") == [(3,)]
+    assert query.rows(bench.url, "SELECT twice(2) AS n, random() < 2 AS r") == [{"n": 4, "r": True}]
+
+
+def test_a_value_that_takes_all_memory_is_refused(still_sqlite):
+    with pytest.raises(StoreError, match=r"query: .*too big"):
+        query.rows(still_sqlite.url, "SELECT length(randomblob(1000000000)) AS n")
 
 
 @pytest.mark.parametrize(
