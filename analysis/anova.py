@@ -7,6 +7,8 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
+from analysis.frame import records
+
 ENCODINGS: tuple[str, ...] = ("log", "categorical")
 """A parameter as the logarithm of its value, or as unordered levels. The importances depend on
 the choice, so both are computed; `log` is shown in the figures."""
@@ -37,8 +39,9 @@ def anova_importances(
        Hyperparameter Importance", ICML 2014.
     .. [2] S. Watanabe, A. Bansal, F. Hutter, "PED-ANOVA", IJCAI 2023, arXiv:2304.10255.
     """
-    varying = [name for name in parameters if parameters[name].nunique() > 1]
-    rows = []
+    names = [str(name) for name in parameters]
+    varying = [name for name in names if parameters[name].nunique() > 1]
+    rows: list[dict[str, object]] = []
     for encoding in ENCODINGS:
         study = _study(parameters[varying], target, encoding)
         evaluators = {
@@ -46,7 +49,7 @@ def anova_importances(
             "ped_anova": PedAnovaImportanceEvaluator(),
         }
         for method, evaluator in evaluators.items():
-            found = evaluator.evaluate(study) if varying else {}
+            found: dict[str, float] = evaluator.evaluate(study) if varying else {}
             # fANOVA's shares leave the interactions' part of the variance over; PED-ANOVA's
             # divergences have no unit and are shown as shares of their sum.
             total = (sum(found.values()) or 1.0) if method == "ped_anova" else 1.0
@@ -58,7 +61,7 @@ def anova_importances(
                     "importance": float(found.get(name, 0.0)) / total,
                     "shown": encoding == "log",
                 }
-                for name in parameters
+                for name in names
             ]
     return pd.DataFrame(rows)
 
@@ -68,12 +71,12 @@ def _study(
 ) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions: dict[str, BaseDistribution] = {}
-    for name in parameters:
-        values = parameters[name]
+    for name in map(str, parameters):
+        values = parameters[name].astype(float)
         distributions[name] = (
             FloatDistribution(float(values.min()), float(values.max()), log=True)
             if encoding == "log"
-            else CategoricalDistribution(sorted(float(value) for value in values.unique()))
+            else CategoricalDistribution(sorted(values.unique().tolist()))
         )
     study = optuna.create_study(direction="maximize")
     study.add_trials(
@@ -83,7 +86,7 @@ def _study(
                 distributions=distributions,
                 value=float(goal),
             )
-            for row, goal in zip(parameters.to_dict("records"), target, strict=True)
+            for row, goal in zip(records(parameters), target, strict=True)
         ]
     )
     return study

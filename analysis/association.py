@@ -189,7 +189,9 @@ def rank_correlations(x: Floats, y: Floats, weights: Floats) -> Floats:
     rank_y, square_y = _weighted_ranks(y, weights)
     product = np.einsum("rn,rn,rn->r", weights, rank_x, rank_y, optimize=False)
     scale = np.sqrt(square_x * square_y)
-    return np.divide(product, scale, out=np.full(len(scale), np.nan), where=scale > 0)
+    out: Floats = np.full(len(scale), np.nan)
+    np.divide(product, scale, out=out, where=scale > 0)
+    return out
 
 
 def point_weights(points: npt.NDArray[np.int64], resamples: int, seed: int) -> Floats:
@@ -204,7 +206,8 @@ def point_weights(points: npt.NDArray[np.int64], resamples: int, seed: int) -> F
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     offsets = count * np.arange(resamples)[:, None]
     weights = np.bincount((drawn + offsets).ravel(), minlength=count * resamples)
-    return weights.reshape(resamples, count)[:, codes].astype(float)
+    counts: Floats = weights.reshape(resamples, count)[:, codes].astype(float)
+    return counts
 
 
 def false_discovery_rates(p_values: Sequence[float | None]) -> list[float | None]:
@@ -239,8 +242,8 @@ def _dataset_associations(
     seed: int,
 ) -> list[Association]:
     found = []
-    for metric in metrics:
-        for parameter in parameters:
+    for metric in map(str, metrics):
+        for parameter in map(str, parameters):
             both = (metrics[metric].notna() & parameters[parameter].notna()).to_numpy()
             x = parameters[parameter].to_numpy(float)[both]
             y = metrics[metric].to_numpy(float)[both]

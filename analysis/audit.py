@@ -30,8 +30,9 @@ def repeats(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for dataset, group in frame.groupby("dataset", sort=False):
         labels = point_labels(group)
-        row = {"dataset": dataset, "runs": len(group), "points": labels.nunique()}
-        row["repeats"] = row["runs"] - row["points"]
+        points = int(labels.nunique())
+        row: dict[str, object] = {"dataset": dataset, "runs": len(group), "points": points}
+        row["repeats"] = len(group) - points
         for short, name in (("ndcg", "ndcg_at_10"), ("memory", MEMORY), ("time", TIME)):
             values = numeric(group, name).groupby(labels)
             least = values.min()

@@ -89,10 +89,11 @@ def code_version() -> str:
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """Columns that hash: anything but numbers as text."""
-    return frame.apply(
-        lambda column: (
-            column
-            if pd.api.types.is_numeric_dtype(column.dtype)
-            else column.astype(str).astype(object)
-        )
+    columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
+    numeric = pd.api.types.is_numeric_dtype
+    return pd.DataFrame(
+        {
+            place: column if numeric(column.dtype) else column.astype(str).astype(object)
+            for place, column in enumerate(columns)
+        }
     )

@@ -241,7 +241,7 @@ def _signed(estimate: Estimate, sign: int) -> Estimate:
 
 def _best(group: pd.DataFrame, losses: Sequence[str]) -> pd.Series | None:
     runs = group[group["loss"].isin(losses) & numeric(group, NDCG).notna()]
-    return None if runs.empty else runs.loc[runs[NDCG].idxmax()]
+    return None if runs.empty else runs.iloc[int(runs[NDCG].to_numpy(float).argmax())]
 
 
 def _relative_error(run: pd.Series) -> float:

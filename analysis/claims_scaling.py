@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from analysis.association import associations, point_weights
@@ -21,10 +23,11 @@ from analysis.evidence import (
     percent,
     undecidable,
 )
-from analysis.frame import FACTORS, MEMORY, numeric, point_labels
+from analysis.frame import FACTORS, MEMORY, numeric, point_labels, records
 from analysis.importance import Importance, Importances, ModelScore
 from analysis.saturation import TOLERANCE, saturations
 
+Floats = npt.NDArray[np.float64]
 NDCG = "ndcg_at_10"
 GROWING = {"zvuk", "movielens_20m", "30music", "megamarket"}
 SATURATING = {"beauty", "gowalla"}
@@ -238,7 +241,7 @@ def two_together(frame: pd.DataFrame) -> list[Finding]:
         table = cells(group.dropna(subset=["num_negatives"]), [*FACTORS], [NDCG])
         points = {
             tuple(row[name] for name in FACTORS): (row[NDCG], row["run_keys"])
-            for row in table.to_dict("records")
+            for row in records(table)
         }
         over_mean, over_better, keys = [], [], []
         for point in points:
@@ -286,7 +289,7 @@ def headline(frame: pd.DataFrame, resamples: int = 2_000) -> list[Finding]:
         low, high = np.nanquantile(drawn, [0.025, 0.975])
         value = float(regrets["regret"].mean())
         estimate = Estimate(value, low, high, len(regrets), _keys(frame, str(dataset)))
-        worst = regrets.loc[regrets["regret"].idxmax()]
+        worst = regrets.iloc[int(regrets["regret"].to_numpy(float).argmax())]
         reason = (
             f"mean regret over {len(regrets)} budgets; largest {percent(worst['regret'])} at "
             f"{worst['budget'] / 2**30:.1f} GiB"
@@ -320,7 +323,7 @@ def budget_regrets(group: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["budget", "best", "most_negatives", "regret"])
 
 
-_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # type: ignore[type-arg]
+_Arrays = tuple[Floats, Floats, Floats, Floats]
 
 
 def _budget_arrays(group: pd.DataFrame) -> _Arrays:
@@ -337,7 +340,7 @@ def _budget_arrays(group: pd.DataFrame) -> _Arrays:
     return costs, quality, taken, budgets
 
 
-def _mean_regret(arrays: _Arrays, drawn: np.ndarray) -> float:  # type: ignore[type-arg]
+def _mean_regret(arrays: _Arrays, drawn: npt.NDArray[np.bool_]) -> float:
     costs, quality, taken, budgets = arrays
     regrets = []
     for budget in budgets:
@@ -364,8 +367,12 @@ def _best_by_band(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["batch_size", "max_seq_len"]
     wide = table.pivot_table(index=keys, columns="band", values=NDCG, aggfunc="max")
     wide = wide.reindex(columns=["few", "moderate", "many", "full"])
-    wide["run_keys"] = table.groupby(keys)["run_keys"].agg(lambda found: sum(found, ()))
+    wide["run_keys"] = table.groupby(keys)["run_keys"].agg(_joined)
     return wide[(wide.drop(columns="run_keys").max(axis=1) > 0)].reset_index()
+
+
+def _joined(run_keys: "pd.Series[Any]") -> tuple[str, ...]:
+    return tuple(key for keys in run_keys for key in keys)
 
 
 def _batch_pair(group: pd.DataFrame, name: str) -> tuple[float | None, float | None]:

@@ -172,7 +172,9 @@ def relative(pairs: pd.DataFrame, column: str) -> Floats:
     """(right - left) / left of matched cells: the one denominator of all comparisons."""
     left = pairs[f"{column}_left"].to_numpy(float)
     right = pairs[f"{column}_right"].to_numpy(float)
-    return np.divide(right - left, left, out=np.full(len(left), np.nan), where=left > 0)
+    out: Floats = np.full(len(left), np.nan)
+    np.divide(right - left, left, out=out, where=left > 0)
+    return out
 
 
 def keys_of(pairs: pd.DataFrame) -> list[str]:

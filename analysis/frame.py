@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -51,7 +51,7 @@ SHORT_NAMES: dict[str, str] = {
 _SPEC_FIELDS = tuple(field.name for field in fields(RunSpec))
 _FREE_FIELDS = {"dataset", "loss", "seed", *FACTORS}
 _REQUIRED = ("run_key", "dataset", "loss", "batch_size", "max_seq_len", "num_negatives", "status")
-_OPTIONAL_DEFAULTS: dict[str, object] = {
+_OPTIONAL_DEFAULTS: dict[str, str | int] = {
     "replicate": 0,
     "seed": 42,
     "model": "sasrec",
@@ -261,6 +261,12 @@ def numeric(frame: pd.DataFrame, column: str) -> pd.Series:
         return pd.Series(np.nan, index=frame.index, dtype=float)
     values = pd.to_numeric(frame[column], errors="coerce").astype(float)
     return values.where(np.isfinite(values))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dictionaries by column name."""
+    names = [str(name) for name in table.columns]
+    return [dict(zip(names, row, strict=True)) for row in table.itertuples(index=False, name=None)]
 
 
 def _factors_of(parameters: Iterable[str]) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from joblib import Parallel, delayed
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.model_selection import GroupKFold, KFold, LeaveOneGroupOut
+from sklearn.utils.parallel import Parallel, delayed
 
 from analysis.anova import anova_importances
 from analysis.frame import (
@@ -248,14 +248,18 @@ def _fit_case(case: _Case, repeats: int, permutations: int, seed: int) -> _Fitte
     rows = _impurity_rows(row, model, seed)
     if not passes:
         return _Fitted(rows, [_score(case, "in_sample", [in_sample])], pd.DataFrame())
-    for method, names in (("permutation", PARAMETERS), ("permutation_grouped", FACTORS)):
+    permuted: tuple[tuple[Method, tuple[str, ...]], ...] = (
+        ("permutation", PARAMETERS), ("permutation_grouped", FACTORS),
+    )  # fmt: skip
+    for method, names in permuted:
         drops = np.concatenate([getattr(item, method) for item in passes])
         rows += [row(method, name, drops[:, column]) for column, name in enumerate(names)]
     encodings = anova_importances(
         pd.DataFrame(case.features[:, : len(FACTORS)], columns=list(FACTORS)),
         case.target, seed=seed,
     )  # fmt: skip
-    for method in ("fanova", "ped_anova"):
+    decomposed: tuple[Method, ...] = ("fanova", "ped_anova")
+    for method in decomposed:
         chosen = encodings[(encodings["method"] == method) & encodings["shown"]]
         rows += [
             row(method, name, np.array([share]))
@@ -365,7 +369,8 @@ def _shuffle_factor(column: int, rng: np.random.Generator) -> Callable[[Floats],
         factors = features[:, : len(FACTORS)].copy()
         factors[:, column] = rng.permutation(factors[:, column])
         negatives, batch, length = factors.T
-        return np.c_[factors, negatives * batch, negatives * length, length * batch]
+        products: Floats = np.column_stack([negatives * batch, negatives * length, length * batch])
+        return np.hstack([factors, products])
 
     return shuffle
 
@@ -409,12 +414,13 @@ def _mean_rows(rows: Sequence[Importance]) -> list[Importance]:
     """Mean over the datasets; the interval is the mean of theirs."""
     table = pd.DataFrame([row.__dict__ for row in rows], columns=list(COLUMNS))
     means = []
-    for (metric, method, parameter), group in table.groupby(
-        ["metric", "method", "parameter"], sort=False
-    ):
+    for _, group in table.groupby(["metric", "method", "parameter"], sort=False):
         numbers = group[list(COLUMNS[4:])].astype(float).mean()
-        values = {name: None if np.isnan(value) else value for name, value in numbers.items()}
+        importance, *others = numbers.to_numpy(float).tolist()
+        low, high, in_sample, unseen = (None if np.isnan(value) else value for value in others)
+        first = rows[int(group.index[0])]
         means.append(
-            Importance(dataset="mean", metric=metric, method=method, parameter=parameter, **values)
-        )
+            Importance("mean", first.metric, first.parameter, first.method, importance, low, high,
+                       in_sample, unseen)
+        )  # fmt: skip
     return means

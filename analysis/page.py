@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from analysis.frame import FACTORS, MEMORY, QUALITY, Runs, numeric
+from analysis.frame import FACTORS, MEMORY, QUALITY, Runs, numeric, records
 from analysis.pareto import pareto_fronts
 from analysis.plots.style import Drawing
 from db.errors import SpecError
@@ -129,7 +129,7 @@ def page_data(runs: Runs) -> dict[str, Any]:
     for name in shown:
         scaled = numeric(frame, name) / MEASURES[name].display_scale
         columns[name] = [None if np.isnan(value) else float(f"{value:.5g}") for value in scaled]
-    tails = [_command_tail(row) for row in frame.to_dict("records")]
+    tails = [_command_tail(row) for row in records(frame)]
     distinct = list(dict.fromkeys(tails))
     numbers = {tail: number for number, tail in enumerate(distinct)}
     front = {
@@ -225,11 +225,12 @@ def _claims(verdicts: pd.DataFrame) -> list[dict[str, Any]]:
         return []
     return [
         {
-            "number": int(number),
+            "number": number,
             "text": rows["text"].iloc[0],
             "measure": rows["measure"].iloc[0],
-            "rows": rows.replace({np.nan: None}).to_dict("records"),
+            "rows": records(rows.replace({np.nan: None})),
             "counts": rows["verdict"].value_counts().to_dict(),
         }
-        for number, rows in verdicts.groupby("claim", sort=False)
+        for number in dict.fromkeys(verdicts["claim"].tolist())
+        for rows in [verdicts[verdicts["claim"] == number]]
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.frame import MEMORY, numeric, point_labels
+from analysis.frame import MEMORY, numeric, point_labels, records
 from db.errors import AnalysisError
 from db.measures import MEASURES
 
@@ -257,7 +257,7 @@ def marginal_gains(
 def memory_bounds(infeasible: pd.DataFrame) -> list[Bound]:
     """Runs that ran out of memory or were skipped for it, each with what it at least needs."""
     bounds = []
-    for row in infeasible.to_dict("records"):
+    for row in records(infeasible):
         bound = row.get("memory_bound_bytes")
         negatives = row.get("num_negatives")
         bounds.append(

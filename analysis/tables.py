@@ -5,11 +5,12 @@ The one denominator of every relative difference is the first named (`loss_from`
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.frame import MEMORY, TIME, numeric
+from analysis.frame import MEMORY, TIME, numeric, records
 
 REFERENCE = Path(__file__).parent / "reference"
 _QUALITIES = ("ndcg_at_10", "coverage_at_10", "surprisal_at_10")
@@ -52,7 +53,7 @@ def beside_the_paper(frame: pd.DataFrame) -> pd.DataFrame:
     )
     if "negative_sampler" not in own:
         own["negative_sampler"] = "uniform"
-    for printed in printed_results().to_dict("records"):
+    for printed in records(printed_results()):
         runs = _runs_of(own, printed)
         if runs.empty:
             continue
@@ -79,7 +80,7 @@ def recomputed_differences() -> pd.DataFrame:
     """
     results = printed_results()
     rows = []
-    for row in printed_differences().to_dict("records"):
+    for row in records(printed_differences()):
         first = _printed_value(results, row, row["loss_from"])
         second = _printed_value(results, row, row["loss_to"])
         recomputed, other = _percent(first, second), -_percent(second, first)
@@ -96,34 +97,34 @@ def recomputed_differences() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _runs_of(own: pd.DataFrame, printed: dict[str, object]) -> pd.DataFrame:
-    chosen = (
+def _runs_of(own: pd.DataFrame, printed: dict[str, Any]) -> pd.DataFrame:
+    chosen: pd.Series[bool] = (
         (own["base"] == printed["dataset"])
         & (own["model"] == printed["model"])
         & (own["loss"] == printed["loss"])
         & (own["negative_sampler"] == printed["negative_sampler"])
     )
-    if pd.isna(printed["batch_size"]):  # type: ignore[call-overload]
+    if pd.isna(printed["batch_size"]):
         runs = own[chosen].dropna(subset=["ndcg_at_10"])
         return runs.nlargest(1, "ndcg_at_10")
     for name in ("batch_size", "max_seq_len"):
         chosen &= own[name].astype(float) == printed[name]
     negatives = own["num_negatives"].astype(float)
-    if pd.isna(printed["num_negatives"]):  # type: ignore[call-overload]
+    if pd.isna(printed["num_negatives"]):
         return own[chosen & negatives.isna()]
-    return own[chosen & ((negatives - float(str(printed["num_negatives"]))).abs() <= 1)]
+    return own[chosen & ((negatives - float(printed["num_negatives"])).abs() <= 1)]
 
 
-def _printed_value(results: pd.DataFrame, row: dict[str, object], name: object) -> float:
+def _printed_value(results: pd.DataFrame, row: dict[str, Any], name: str) -> float:
     """Value of a loss at the settings of a difference, in the table nearest before it."""
-    loss, _, sampler = str(name).partition(" ")
+    loss, _, sampler = name.partition(" ")
     found = results[
         (results["dataset"] == row["dataset"])
         & (results["model"] == row["model"])
         & (results["loss"] == loss)
         & (results["negative_sampler"] == (sampler or "uniform"))
         & (results["table"] <= row["table"])
-        & results[str(row["quantity"])].notna()
+        & results[row["quantity"]].notna()
         & results["batch_size"].notna()
     ]
     exact = found[
@@ -132,11 +133,10 @@ def _printed_value(results: pd.DataFrame, row: dict[str, object], name: object) 
     nearest = exact if len(exact) else found[found["max_seq_len"] == row["max_seq_len"]]
     if nearest.empty:
         return float("nan")
-    return float(nearest.sort_values("table")[str(row["quantity"])].iloc[-1])
+    return float(nearest.sort_values("table")[row["quantity"]].iloc[-1])
 
 
-def _percent(first: object, second: float) -> float:
-    start = float(str(first))
+def _percent(start: float, second: float) -> float:
     return 100 * (second - start) / start if start > 0 else float("nan")
 
 

@@ -8,7 +8,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 
 from analysis.association import Associations
-from analysis.frame import SHORT_NAMES
+from analysis.frame import SHORT_NAMES, records
 from analysis.plots import style
 from db.measures import MEASURES
 
@@ -37,11 +37,11 @@ def plot_heatmap(axis: Axes, table: pd.DataFrame, level: float = 0.05) -> Axes:
     axis.imshow(
         np.ma.masked_invalid(cells.to_numpy()), cmap=_palette(), vmin=-1, vmax=1, aspect="auto"
     )
-    for row in table.itertuples():
-        x, y = parameters.index(row.parameter), metrics.index(row.metric)
-        value = row.coefficient
+    for row in records(table):
+        x, y = parameters.index(row["parameter"]), metrics.index(row["metric"])
+        value = row["coefficient"]
         missing = value is None or np.isnan(value)
-        quiet = missing or row.q_value > level
+        quiet = missing or row["q_value"] > level
         color = "#777777" if quiet else ("white" if abs(value) > 0.62 else "#111111")
         axis.text(
             x, y, "–" if missing else f"{value:.2f}".replace("-", "−"), ha="center", va="center",

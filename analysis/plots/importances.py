@@ -18,7 +18,7 @@ _AXIS = {
 }
 
 
-def plot_importances(axis: Axes, table: pd.DataFrame, colors: dict[str, object]) -> Axes:
+def plot_importances(axis: Axes, table: pd.DataFrame, colors: dict[str, style.Color]) -> Axes:
     """Draw one group of bars per parameter, one bar per metric; grey where nothing predicts.
 
     Parameters
@@ -67,7 +67,7 @@ def importances_figure(found: Importances, method: Method = "impurity") -> style
             style.say(axes[0], text)
             return style.Drawing(name, figure, data, text)
         metrics = list(dict.fromkeys(data["metric"]))
-        colors: dict[str, object] = dict(style.nominal_colors(metrics))
+        colors: dict[str, style.Color] = dict(style.nominal_colors(metrics))
         for axis, dataset in zip(axes, datasets, strict=True):
             rows = data[data["dataset"] == dataset]
             plot_importances(axis, rows, colors)
@@ -90,5 +90,5 @@ def _scores(rows: pd.DataFrame) -> str:
     scores = rows.drop_duplicates("metric").set_index("metric")["score_out_of_sample"]
     return ", ".join(
         f"{MEASURES[metric].label[0]} {value:.2f}".replace("-", "−")
-        for metric, value in scores.items()
+        for metric, value in zip(scores.index.astype(str), scores.to_numpy(float), strict=True)
     )

@@ -44,7 +44,8 @@ def plot_negatives(
     axis: Axes, data: pd.DataFrame, colors: dict[float, tuple[float, float, float]]
 ) -> Axes:
     """Draw one dataset's lines, one per batch size."""
-    for batch_size, line in data.groupby("batch_size"):
+    for batch_size in sorted(set(data["batch_size"])):
+        line = data[data["batch_size"] == batch_size]
         axis.errorbar(
             line["num_negatives"], line["mean"], yerr=line["bar"].fillna(0.0),
             color=colors[batch_size], marker="o", markersize=2.5, capsize=1.5, elinewidth=0.6,

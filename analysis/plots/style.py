@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -30,7 +31,9 @@ FAMILY_LABELS = {
 }  # fmt: skip
 """Losses as the paper writes them."""
 
-_LOOK = {
+Color = str | tuple[float, float, float]
+
+_LOOK: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",
     "axes.grid": True,
@@ -166,7 +169,7 @@ def marker_size(length: float, lengths: Sequence[float]) -> float:
     return float(6 + 30 * share)
 
 
-def handle(marker: str, color: object, size: float = 5.0, label: str = "") -> Line2D:
+def handle(marker: str, color: Color, size: float = 5.0, label: str = "") -> Line2D:
     """Legend entry of one mark."""
     return Line2D(
         [], [], linestyle="none", marker=marker, color=color, markersize=size, label=label,

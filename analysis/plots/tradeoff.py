@@ -1,8 +1,10 @@
 """Memory against quality, one mark per run (the paper's Fig. 5)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -89,10 +91,11 @@ def plot_tradeoff(
     unit = MEASURES[data.cost].display_scale
     runs = marks[~marks["bound"]]
     runs = runs.sort_values("max_seq_len", ascending=False, kind="stable")
-    for (batch_size, negatives), group in runs.groupby(
-        ["batch_size", "num_negatives"], dropna=False
-    ):
-        full = pd.isna(negatives)
+    for _, group in runs.groupby(["batch_size", "num_negatives"], dropna=False):
+        batch_size, negatives = (
+            float(group[name].iloc[0]) for name in ("batch_size", "num_negatives")
+        )
+        full = bool(np.isnan(negatives))
         sizes = [scales.size(length) * (1.9 if full else 1.0) for length in group["max_seq_len"]]
         axis.scatter(
             group[data.cost] / unit, group[data.metric], s=sizes,
@@ -158,16 +161,14 @@ def tradeoff_figure(data: TradeoffData) -> style.Drawing:
 
 
 def _panels(marks: pd.DataFrame) -> pd.Series:
-    family = marks["loss"].map(
-        lambda loss: _FAMILIES.get(loss, style.FAMILY_LABELS.get(loss, loss))
-    )
+    family = marks["loss"].map({**style.FAMILY_LABELS, **_FAMILIES})
     several = family.groupby(marks["dataset"]).transform("nunique") > 1
     return marks["dataset"].where(~several, marks["dataset"] + ": " + family)
 
 
 def _legends(figure: Figure, data: TradeoffData, scales: Scales) -> None:
     def square(value: float) -> float:
-        return scales.size(value) ** 0.5
+        return math.sqrt(scales.size(value))
 
     handles = [style.handle("none", "none", label="batch size")]
     handles += [
@@ -204,8 +205,8 @@ def _short(measure: str) -> str:
 
 
 def _caption(data: TradeoffData, panels: Sequence[str]) -> str:
-    counts = data.marks.groupby("panel", sort=False)["bound"].agg(["size", "sum"])
-    parts = [f"{panel}: {counts.loc[panel, 'size'] - counts.loc[panel, 'sum']}" for panel in panels]
+    counts = data.marks.loc[~data.marks["bound"], "panel"].value_counts()
+    parts = [f"{panel}: {counts.get(panel, 0)}" for panel in panels]
     text = (
         f"{MEASURES[data.metric].label} against {MEASURES[data.cost].label}, one mark per run "
         f"({', '.join(parts)}). Color is the batch size, size the sequence length, shape the "

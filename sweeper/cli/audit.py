@@ -40,7 +40,7 @@ def audit(
     format = output_format(as_json, as_csv)
 
     from analysis.audit import hidden_points, memory_out_of_order, repeats
-    from analysis.frame import load_runs, select
+    from analysis.frame import load_runs, records, select
     from analysis.tables import recomputed_differences
 
     if table in ("contradictions", "denominators"):
@@ -53,5 +53,5 @@ def audit(
         runs = select(load_runs(db), selection="all").frame
         compute = {"repeats": repeats, "hidden": hidden_points, "memory": memory_out_of_order}
         found = compute[table](runs)
-    rows = found.astype(object).where(found.notna(), None).to_dict("records")
+    rows = records(found.astype(object).where(found.notna(), None))
     print_rows(rows, format, columns=list(found.columns))

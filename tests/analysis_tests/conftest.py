@@ -1,6 +1,6 @@
 """Frames shaped as `db.query.summary_frame`, and the paper's runs read from the reference data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def sweep_frame() -> SweepFrame:
 
 
 @pytest.fixture(scope="session")
-def paper_frame(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pd.DataFrame]:
+def paper_frame(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """The paper's 1,557 runs, imported into a database without their curves and read back."""
     from db.imported import put_foreign
     from db.query import summary_frame
