@@ -1,11 +1,12 @@
 """Step values per second into the run database, and how fast its main questions are answered.
 
-`python -m bench store [--rows N] [--load-runs N] [--load-steps N] [--save]`
+`python -m bench store [--writes | --queries | --many-runs] [--seconds S] [--save]`
 
 Writers are processes; each claims a run of its own and hands step records to `RunWriter`, so each
-row passes fence, heartbeat and duplicate check, and the clock runs from the first record to the
-end of `finish`. A step row has 10 numeric columns and counts as 10 values.
-PostgreSQL is a local server with fsync and synchronous commit on.
+row passes fence, heartbeat and duplicate check. The clock runs from the first record of the first
+writer to the end of the last `finish`; afterwards every row is counted. A step row has 10 numeric
+columns and counts as 10 values. PostgreSQL is a local server with fsync and synchronous commit on.
+Queries are asked of finished runs that the database made itself from a few series of numbers.
 """
 
 import argparse
@@ -30,35 +31,37 @@ from db.store import DatasetRecord, PlannedRun, RunStore, WorkerInfo
 
 FINGERPRINT = "b" * 64
 VALUES_PER_ROW = len(STEP_COLUMNS)
+_PER_FLUSH = 50_000
 WORKER = WorkerInfo(host="bench", pid=os.getpid(), device_class="cpu")
 
 
 def main(arguments: list[str]) -> int:
     """Measure and print; non-zero when a count is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench store", description=__doc__)
-    parser.add_argument("--rows", type=int, default=100_000, help="step rows of one writer")
+    parser.add_argument("--writes", action="store_true", help="only how fast rows are written")
+    parser.add_argument("--queries", action="store_true", help="only the queries over many steps")
+    parser.add_argument("--many-runs", action="store_true", help="only the queries over many runs")
+    parser.add_argument("--database", choices=["sqlite", "postgres"], help="only this one")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of writing, each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load-runs", type=int, default=1000)
     parser.add_argument("--load-steps", type=int, default=10_000)
-    parser.add_argument("--skip-load", action="store_true")
+    parser.add_argument("--num-runs", type=int, default=100_000, help="runs of --many-runs")
     parser.add_argument("--save", action="store_true", help="append to bench/results/store.csv")
     options = parser.parse_args(arguments)
-    results: list[dict[str, object]] = []
-    for round_number in range(options.rounds):
-        for backend in ("sqlite", "postgres"):
-            for writers in (1, 4):
-                with _database(backend) as url:
-                    rate = _write_rate(url, writers, options.rows // writers)
-                results.append(
-                    {"question": "step values/s written", "database": backend,
-                     "writers": writers, "round": round_number, "value": rate}
-                )  # fmt: skip
-                print(f"{backend:9} {writers} writers: {rate:,.0f} values/s", flush=True)
-    summary = _summarise(results)
-    if not options.skip_load:
-        for backend in ("sqlite", "postgres"):
+    every = not (options.writes or options.queries or options.many_runs)
+    backends = [options.database] if options.database else ["sqlite", "postgres"]
+    summary: list[dict[str, object]] = []
+    if every or options.writes:
+        summary += _write_rates(backends, options.rounds, options.seconds)
+    if every or options.queries:
+        for backend in backends:
             with _database(backend) as url:
-                summary += _read_times(url, backend, options.load_runs, options.load_steps)
+                summary += _step_questions(url, backend, options.load_runs, options.load_steps)
+    if every or options.many_runs:
+        for backend in backends:
+            with _database(backend) as url:
+                summary += _run_questions(url, backend, options.num_runs)
     print(table(summary))
     if options.save:
         print(save("store", summary))
@@ -111,47 +114,78 @@ def _step(number: int) -> StepRecord:
     )
 
 
-def _write_rate(url: str, writers: int, rows: int) -> float:
+def _write_rates(backends: list[str], rounds: int, seconds: float) -> list[dict[str, object]]:
+    rates: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for backend in backends:
+            for writers in (1, 4):
+                with _database(backend) as url:
+                    rate = _write_rate(url, writers, seconds)
+                rates.setdefault((backend, writers), []).append(rate)
+                print(f"{backend:9} {writers} writers: {rate:,.0f} values/s", flush=True)
+    summary: list[dict[str, object]] = []
+    for (backend, writers), values in rates.items():
+        low, middle, high = spread(values)
+        summary.append(
+            {"question": "step values/s written", "database": backend, "writers": writers,
+             "seconds": seconds, "median": middle, "low": low, "high": high, "rounds": len(values),
+             "unit": "values/s"}
+        )  # fmt: skip
+    return summary
+
+
+def _write_rate(url: str, writers: int, seconds: float) -> float:
     """Values per second of all writers together; raises when a row is missing."""
     _, keys = _prepare(url, writers)
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(writers + 1)
+    barrier = context.Barrier(writers)
+    answers = context.Queue()
     processes = [
-        context.Process(target=_write, args=(url, key, rows, barrier), daemon=True) for key in keys
+        context.Process(target=_write, args=(url, key, seconds, barrier, answers), daemon=True)
+        for key in keys
     ]
     for process in processes:
         process.start()
-    barrier.wait(120)
-    begin = time.perf_counter()
+    found = [answers.get(timeout=10 * seconds + 300) for _ in processes]
     for process in processes:
-        process.join(500)
-    seconds = time.perf_counter() - begin
+        process.join(60)
+    _check_written(url, {key: rows for key, rows, _, _ in found})
+    begin, end = min(a[2] for a in found), max(a[3] for a in found)
+    return sum(a[1] for a in found) * VALUES_PER_ROW / float(end - begin)
+
+
+def _check_written(url: str, rows_by_key: dict[str, int]) -> None:
     counts = query.rows(
         url,
-        "SELECT run_key, count(*) AS n, min(step) AS low, max(step) AS high "
-        "FROM run_steps GROUP BY run_key",
+        "SELECT r.run_key, count(*) AS n, min(s.step) AS low, max(s.step) AS high FROM steps s "
+        "JOIN attempts a ON a.id = s.attempt_id JOIN runs r ON r.id = a.run_id GROUP BY r.run_key",
     )
-    expected = {(rows, 0, rows - 1)}
+    found = {row["run_key"]: (row["n"], row["low"], row["high"]) for row in counts}
     statuses = {run["status"] for run in query.runs(url)}
-    found = {(row["n"], row["low"], row["high"]) for row in counts}
-    if len(counts) != writers or found != expected or statuses != {"done"}:
+    if found != {k: (n, 0, n - 1) for k, n in rows_by_key.items()} or statuses != {"done"}:
         raise RuntimeError(f"rows are missing: {counts}, statuses {statuses}")
-    return writers * rows * VALUES_PER_ROW / seconds
 
 
-def _write(url: str, key: str, rows: int, barrier: Any) -> None:
+def _write(url: str, key: str, seconds: float, barrier: Any, answers: Any) -> None:
     store = RunStore(url)
     held = store.claim(key, WORKER)
     if held is None:
         raise RuntimeError(f"run {key[:12]} cannot be claimed")
+    number = 0
     with tempfile.TemporaryDirectory() as folder:
-        records = [_step(number) for number in range(rows)]
         with store.writer(held, spool_dir=Path(folder)) as writer:
             barrier.wait(120)
-            for record in records:
-                writer.step(record)
-            if not writer.finish(_result(rows)):
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < seconds:
+                for number in range(number, number + _PER_FLUSH):
+                    writer.step(_step(number))
+                number += 1
+                # a bound on what gathers in memory when training outruns the database
+                writer.flush()
+            if not writer.finish(_result(number)):
                 raise RuntimeError("the end was spooled")
+        # one clock for all processes of a machine
+        answers.put((key, number, begin, time.perf_counter()))
 
 
 def _result(rows: int) -> RunResult:
@@ -159,21 +193,6 @@ def _result(rows: int) -> RunResult:
         status=RunStatus.DONE, num_steps=rows, num_epochs=1, best_step=rows, num_parameters=1,
         test={"ndcg_at_10": 0.1}, peak_train_memory_bytes=3_500_000_000,
     )  # fmt: skip
-
-
-def _summarise(results: list[dict[str, object]]) -> list[dict[str, object]]:
-    grouped: dict[tuple[object, ...], list[float]] = {}
-    for row in results:
-        key = (row["question"], row["database"], row["writers"])
-        grouped.setdefault(key, []).append(float(str(row["value"])))
-    summary: list[dict[str, object]] = []
-    for (question, database, writers), values in grouped.items():
-        low, middle, high = spread(values)
-        summary.append(
-            {"question": question, "database": database, "writers": writers, "median": middle,
-             "low": low, "high": high, "rounds": len(values), "unit": "values/s"}
-        )  # fmt: skip
-    return summary
 
 
 def _load(url: str, num_runs: int, num_steps: int) -> list[str]:

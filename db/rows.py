@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ EVALUATION_COLUMNS: tuple[str, ...] = tuple(c.name for c in evaluations.c)[1:]
 HISTOGRAM_COLUMNS: tuple[str, ...] = tuple(c.name for c in histograms.c)[1:]
 _COLUMNS = {"steps": STEP_COLUMNS, "evaluations": EVALUATION_COLUMNS,
             "histograms": HISTOGRAM_COLUMNS}  # fmt: skip
+_ROWS_PER_STATEMENT = 100
 _TABLES = {"steps": steps, "evaluations": evaluations, "histograms": histograms}
 
 
@@ -132,16 +134,24 @@ def insert_batch(connection: Connection, attempt_id: int, batch: Batch, *, fresh
 
 
 def _insert_sqlite(connection: Connection, name: str, attempt_id: int, rows: Sequence[Row]) -> None:
-    columns = _COLUMNS[name]
-    marks = ", ".join("?" * len(columns))
-    # the attempt is bound once as text of the statement: an int, never user input
-    statement = (
-        f"INSERT INTO {name} (attempt_id, {', '.join(columns)}) "
-        f"VALUES ({int(attempt_id)}, {marks}) ON CONFLICT DO NOTHING"
-    )
+    # many rows a statement take a third less time than executemany
     driver = connection.connection.driver_connection
     assert driver is not None
-    driver.executemany(statement, rows)
+    for start in range(0, len(rows), _ROWS_PER_STATEMENT):
+        chunk = rows[start : start + _ROWS_PER_STATEMENT]
+        driver.execute(
+            _insert_statement(name, attempt_id, len(chunk)), list(chain.from_iterable(chunk))
+        )
+
+
+def _insert_statement(name: str, attempt_id: int, count: int) -> str:
+    columns = _COLUMNS[name]
+    # the attempt is text of the statement: an int, never user input
+    row = f"({int(attempt_id)}, {', '.join('?' * len(columns))})"
+    return (
+        f"INSERT INTO {name} (attempt_id, {', '.join(columns)}) "
+        f"VALUES {', '.join([row] * count)} ON CONFLICT DO NOTHING"
+    )
 
 
 def _copy(connection: Connection, name: str, attempt_id: int, rows: Sequence[Row]) -> None:
