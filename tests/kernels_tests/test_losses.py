@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from kernels.linear_cross_entropy import torch_chunked
 from kernels.linear_cross_entropy.api import (
     gbce_power,
     linear_binary_cross_entropy,
     linear_cross_entropy,
 )
+from kernels.linear_cross_entropy.problem import LogitOptions
 from kernels.negatives import Negatives
 from kernels.scalable import scalable_cross_entropy
 
@@ -293,3 +295,15 @@ def _item_table(golden):
         for name in golden.files
         if name.startswith("w/") and golden[name].shape == (41, width)
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, -0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_logits_need_no_maximum(scale, dtype, monkeypatch):
+    """Both ways through the torch path, over many tiles, the last of them partial."""
+    monkeypatch.setitem(torch_chunked.TILES, "cpu", (16, 32))
+    inputs = problem(41, 150, 24, "cpu", dtype)
+    plain = torch_chunked._are_small(*inputs[:3], LogitOptions(scale))
+    assert plain == (abs(scale) < 1)
+    check(linear_cross_entropy, inputs, "torch", logit_scale=scale, reduction="none")
+    check(linear_cross_entropy, inputs, "torch", logit_scale=scale, z_loss=1e-3)
