@@ -76,13 +76,12 @@ def test_every_field_is_an_option_with_its_doc(capsys):
 
 
 def test_paper_profile_is_overridden_by_what_is_typed():
-    spec = module.spec_from_options("d", {"loss": "cce", "attend_padding": False}, "paper")
+    spec = module.spec_from_options("d", {"loss": "cce", "attend_padding": False}, paper=True)
     assert spec.count_padding
     assert spec.predict_first_item
     assert not spec.attend_padding
     assert spec.metric_frame == "test_history"
-    with pytest.raises(SpecError, match="profile='papr' is unknown; did you mean 'paper'"):
-        module.spec_from_options("d", {}, "papr")
+    assert not module.spec_from_options("d", {"loss": "cce"}).count_padding
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_records_what_it_printed_once(capsys, data_dir, tmp_path):
     code, out, _ = shown(capsys, *arguments, "--json")
     assert code == 0
     (printed,) = json.loads(out)
-    (stored,) = rows(url, "select status, num_steps from runs join run_summary using (run_id)")
+    (stored,) = rows(url, "select status, num_steps from runs join run_summary on run_id = runs.id")
     assert stored == {"status": "done", "num_steps": printed["num_steps"]}
     (steps,) = rows(url, "select count(*) as n from steps")
     assert steps["n"] == printed["num_steps"]
@@ -173,3 +172,30 @@ def test_result_row_names_everything_once():
     assert row["ndcg_at_10"] == 0.5
     assert row["validation_ndcg_at_10"] == 0.7
     assert row["status"] == "done"
+
+
+def test_profile_prints_tables_and_draws(capsys, data_dir, tmp_path):
+    arguments = ["train", "--dataset", "tiny", "--data-dir", str(data_dir), *SMALL, "--profile"]
+    code, out, _ = shown(capsys, *arguments, "--profile-dir", str(tmp_path / "profile"))
+    assert code == 0
+    for told in ("optimizer state", "activations", "measured peak", "network backward"):
+        assert told in out
+    written = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert written == ["profile.csv", "profile.png", "profile.svg"]
+    code, out, _ = shown(capsys, *arguments, "--json")
+    rows = json.loads(out)
+    shares = [row["share"] for row in rows if row["kind"] == "step_time" and row["share"]]
+    assert sum(shares) == pytest.approx(1.0)
+    (tmp_path / "file").touch()
+    code, _, err = shown(capsys, *arguments, "--profile-dir", str(tmp_path / "file" / "x"))
+    assert code == 2
+    assert "choose another folder" in err
+
+
+def test_micro_batches_are_not_recorded(capsys, data_dir, tmp_path):
+    arguments = ["train", "--dataset", "tiny", "--data-dir", str(data_dir), *SMALL]
+    arguments += ["--micro-batch-size", "16"]
+    code, _, err = shown(capsys, *arguments, "--db", f"sqlite:///{tmp_path / 'runs.db'}")
+    assert code == 2
+    assert "--micro-batch-size cannot go with --db" in err
+    assert shown(capsys, *arguments)[0] == 0
