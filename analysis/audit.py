@@ -52,11 +52,24 @@ def hidden_points(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for dataset, group in frame.groupby("dataset", sort=False):
-        box = HIDDEN_BOXES.get(str(dataset).split(" [")[0])
-        if box is not None:
-            inside = box(numeric(group, MEMORY) / 2**30, numeric(group, "ndcg_at_10"))
-            rows.append((dataset, len(group), int(inside.sum())))
+        if _base_name(dataset) in HIDDEN_BOXES:
+            rows.append((dataset, len(group), int(in_hidden_box(group).sum())))
     return pd.DataFrame(rows, columns=["dataset", "runs", "hidden"])
+
+
+def in_hidden_box(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each run falls into a box of `HIDDEN_BOXES`."""
+    inside = pd.Series(False, index=frame.index)
+    for dataset, group in frame.groupby("dataset", sort=False):
+        box = HIDDEN_BOXES.get(_base_name(dataset))
+        if box is not None:
+            found = box(numeric(group, MEMORY) / 2**30, numeric(group, "ndcg_at_10"))
+            inside[group.index] = found.to_numpy(bool)
+    return inside
+
+
+def _base_name(dataset: object) -> str:
+    return str(dataset).split(" [")[0]
 
 
 def memory_out_of_order(frame: pd.DataFrame) -> pd.DataFrame:

@@ -153,22 +153,32 @@ def comparable(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Per dataset the runs that differ in batch size, length, negatives and seed only.
 
     Of every other setting the most frequent combination is kept, so that an association with
-    one of the three is not one with something else that moved along. The four softmax losses
-    have one objective and count as one; without them the most frequent loss is taken.
+    one of the three is not one with something else that moved along. A setting that a grid ties
+    to one of the three (one value of it for each value of the parameter) stays, and a note says
+    that the two cannot be told apart. The four softmax losses have one objective and count as
+    one; without them the most frequent loss is taken.
 
     Returns
     -------
     frame : DataFrame
     notes : tuple of str
-        What was left out, per dataset.
+        What was left out and what follows what, per dataset.
     """
-    kept, notes = [], []
+    kept: list[pd.DataFrame] = []
+    notes: list[str] = []
     settings = [name for name in _SPEC_FIELDS if name in frame and name not in _FREE_FIELDS]
     for dataset, group in frame.groupby("dataset", sort=False):
         softmax = group["loss"].isin(SOFTMAX_LOSSES)
         rows = group[softmax] if softmax.any() else group[group["loss"] == group["loss"].mode()[0]]
         loss_settings = {"paper_negatives", "count_padding"} if softmax.any() else set()
         names = [name for name in settings if name not in loss_settings]
+        names = [name for name in names if rows[name].nunique(dropna=False) > 1]
+        for name, factor in _tied(rows, names).items():
+            names.remove(name)
+            notes.append(
+                f"{dataset}: {name} is set by {factor} in these runs; what is said of {factor} "
+                "is said of both."
+            )
         if names:
             combination = rows[names].astype("string").fillna("null").agg("|".join, axis=1)
             rows = rows[combination == combination.mode()[0]]
@@ -179,6 +189,19 @@ def comparable(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
             )
         kept.append(rows)
     return (pd.concat(kept) if kept else frame), tuple(notes)
+
+
+def _tied(rows: pd.DataFrame, names: Iterable[str]) -> dict[str, str]:
+    """Settings with one value for each value of a factor, and the factor."""
+    tied = {}
+    for factor in FACTORS:
+        levels = rows.groupby(factor, dropna=False)
+        if not 1 < levels.ngroups < len(rows):
+            continue
+        for name in names:
+            if name not in tied and levels[name].nunique(dropna=False).max() == 1:
+                tied[name] = factor
+    return tied
 
 
 def same_memory(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -281,14 +304,15 @@ def _checked(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
             f"the run frame lacks {', '.join(missing)}; it needs {', '.join(_REQUIRED)} and the "
             "measures to analyse"
         )
-    out = frame.copy()
     notes: list[str] = []
+    columns = {str(name): frame[name] for name in frame}
     for name, default in _OPTIONAL_DEFAULTS.items():
-        if name not in out:
-            out[name] = default
-    numbers = [name for name in out if name in MEASURES or name in FACTORS]
-    for name in numbers:
-        out[name] = _as_numbers(out, name, notes)
+        if name not in columns:
+            columns[name] = pd.Series(default, index=frame.index)
+    for name in columns:
+        if name in MEASURES or name in FACTORS:
+            columns[name] = _as_numbers(frame, name, notes)
+    out = pd.DataFrame(columns, index=frame.index)
     _check_units(out)
     return out, notes
 

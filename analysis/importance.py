@@ -388,10 +388,8 @@ def _scores(
 ) -> list[ModelScore]:
     shuffled = list(by_point)  # the same folds where no point is repeated
     if len(np.unique(case.points)) < len(case.points):
-        splitters = [
-            KFold(_FOLDS, shuffle=True, random_state=number) for number in range(len(by_point))
-        ]
-        shuffled = [_pooled_r2(case, item.split(case.features), seed) for item in splitters]
+        splitter = KFold(_FOLDS, shuffle=True, random_state=0)
+        shuffled = [_pooled_r2(case, splitter.split(case.features), seed)]
     found = [_score(case, "in_sample", [in_sample]), _score(case, "kfold", shuffled)]
     found.append(_score(case, "kfold_by_point", by_point))
     batch_sizes = case.features[:, FACTORS.index("batch_size")]

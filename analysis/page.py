@@ -94,7 +94,9 @@ def render_page(page: Page, folder: Path) -> str:
                 "image": _embedded(folder / "figures" / f"{item.name}.png"),
             }
             for item in page.drawings
+            if not item.said
         ],
+        empty_figures=[item for item in page.drawings if item.said],
         tables=page.tables,
         notes=page.notes,
         options=page.options,

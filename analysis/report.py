@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.association import Associations, associations
 from analysis.audit import audit_tables
 from analysis.cache import ResultCache, content_key
+from analysis.dependence import dependences
 from analysis.findings import Findings, findings
 from analysis.frame import (
     MEMORY,
@@ -37,13 +38,24 @@ from analysis.pareto import (
     marginal_gains,
     pareto_fronts,
 )
+from analysis.plots.curves import curves_figure
+from analysis.plots.filtering import filtering_figures
+from analysis.plots.gradients import gradients_figure
 from analysis.plots.heatmap import heatmap_figure
 from analysis.plots.importances import importances_figure
+from analysis.plots.losses import losses_figure
 from analysis.plots.negatives import Bars, negatives_figure
 from analysis.plots.style import Drawing
-from analysis.plots.tradeoff import tradeoff_data, tradeoff_figure
+from analysis.plots.tradeoff import Hidden, tradeoff_data, tradeoff_figure
 from analysis.saturation import saturation_frame, saturations
 from analysis.tables import beside_the_paper
+from analysis.traces import (
+    CURVE_COLUMNS,
+    HISTOGRAM_COLUMNS,
+    chosen_runs,
+    curves,
+    gradient_histograms,
+)
 from db.errors import AnalysisError
 
 Result = TypeVar("Result")
@@ -69,6 +81,9 @@ class ReportOptions:
     """How runs over the whole catalog enter relations with the number of negatives."""
     bars: Bars = "standard_deviation"
     """Error bars of quality against negatives."""
+    hidden: Hidden = "none"
+    """Runs that the trade-off figure leaves out: `none`, or `paper`, those in the boxes that the
+    paper's Fig. 5 leaves out."""
     metrics: tuple[str, ...] = QUALITY
     """Qualities of associations and importances."""
     resamples: int = 10_000
@@ -137,19 +152,34 @@ def write_report(
         There are no runs, none is finished, or the frame does not fit.
     """
     frame = load_runs(url, sweeps, datasets)
-    return report_of_frame(frame, out, options=options, progress=progress)
+    return report_of_frame(frame, out, traces=_traces(url, frame), options=options,
+                           progress=progress)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What happened within some of the runs (`analysis.traces`)."""
+
+    curves: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=CURVE_COLUMNS))
+    gradients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=HISTOGRAM_COLUMNS))
+
+
+def _traces(url: str, frame: pd.DataFrame) -> Traces:
+    runs = select(frame).frame
+    return Traces(curves(url, chosen_runs(same_memory(runs)[0])), gradient_histograms(url, runs))
 
 
 def report_of_frame(
     frame: pd.DataFrame,
     out: str | Path,
     *,
+    traces: Traces = Traces(),
     options: ReportOptions = ReportOptions(),
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Like `write_report`, from a frame shaped as `db.query.summary_frame`."""
     folder = Path(out)
-    key = content_key(frame, asdict(options))
+    key = content_key(frame, traces.curves, traces.gradients, asdict(options))
     report = Report(folder, folder / "index.html")
     if _is_current(folder, key):
         report.unchanged = True
@@ -158,9 +188,8 @@ def report_of_frame(
         report.notes = manifest["notes"]
         return report
     folder.mkdir(parents=True, exist_ok=True)
-    _Writer(report, options, ResultCache(folder / ".cache"), progress or (lambda _: None)).write(
-        select(frame, selection=options.selection, repeats=options.repeats)
-    )
+    writer = _Writer(report, options, ResultCache(folder / ".cache"), progress or (lambda _: None))
+    writer.write(select(frame, selection=options.selection, repeats=options.repeats), traces)
     _write_manifest(report, key)
     return report
 
@@ -180,7 +209,7 @@ class _Writer:
         self.tables: dict[str, pd.DataFrame] = {}
         self.comparisons: dict[str, pd.DataFrame] = {}
 
-    def write(self, runs: Runs) -> None:
+    def write(self, runs: Runs, traces: Traces) -> None:
         """All stages."""
         if runs.frame.empty:
             raise AnalysisError(
@@ -198,6 +227,7 @@ class _Writer:
         judged = self._stage("findings", lambda: self._findings(runs.frame, weighed))
         self._stage("trade-off", lambda: self._tradeoff(measured, runs.infeasible))
         self._stage("figures", lambda: self._figures(alike, found, weighed))
+        self._stage("losses and curves", lambda: self._losses_and_curves(measured, traces))
         self._stage("comparisons", lambda: self._comparisons(runs.frame))
         self._table("runs", _runs_table(runs))
         self._stage("page", lambda: self._page(runs, judged))
@@ -223,6 +253,15 @@ class _Writer:
         )  # fmt: skip
         self._table("associations", found.to_frame())
         self.report.notes += found.notes
+        beside = self.cache.get(
+            "dependence",
+            (frame, options.metrics, options.full_catalog),
+            lambda: dependences(
+                frame, metrics=options.metrics, full_catalog=options.full_catalog
+            ),
+        )  # fmt: skip
+        self._table("dependence", beside.to_frame())
+        self.report.notes += beside.notes
         return found
 
     def _importances(self, frame: pd.DataFrame) -> Importances:
@@ -261,13 +300,22 @@ class _Writer:
         self._table("hypervolume", hypervolume_by_seed(frame, OBJECTIVES["pareto"]))
         self._table("attainment", attainment(frame, OBJECTIVES["pareto"]))
         for cost in (MEMORY, TIME):
-            self._draw(tradeoff_figure(tradeoff_data(frame, infeasible, cost=cost)))
+            data = tradeoff_data(frame, infeasible, cost=cost, hidden=self.options.hidden)
+            self._draw(tradeoff_figure(data))
 
     def _figures(self, frame: pd.DataFrame, found: Associations, weighed: Importances) -> None:
         self._draw(negatives_figure(frame, bars=self.options.bars))
         self._draw(heatmap_figure(found))
-        for method in METHODS:
+        for method in METHODS if weighed.rows else METHODS[:1]:
             self._draw(importances_figure(weighed, method))
+
+    def _losses_and_curves(self, frame: pd.DataFrame, traces: Traces) -> None:
+        self._draw(losses_figure(frame))
+        for drawing in filtering_figures(frame):
+            self._draw(drawing)
+        for column in ("loss", "ndcg_at_10"):
+            self._draw(curves_figure(traces.curves, column))
+        self._draw(gradients_figure(traces.gradients))
 
     def _comparisons(self, frame: pd.DataFrame) -> None:
         beside = beside_the_paper(frame)

@@ -64,8 +64,7 @@ def importances_figure(found: Importances, method: Method = "impurity") -> style
         figure, axes = style.facets(datasets, columns=2, height=1.6)
         if not datasets:
             text = " ".join(found.notes) or "No runs, so no importances."
-            style.say(axes[0], text)
-            return style.Drawing(name, figure, data, text)
+            return style.nothing(name, figure, data, text)
         metrics = list(dict.fromkeys(data["metric"]))
         colors: dict[str, style.Color] = dict(style.nominal_colors(metrics))
         for axis, dataset in zip(axes, datasets, strict=True):

@@ -66,8 +66,7 @@ def negatives_figure(
         figure, axes = style.facets(datasets, height=1.9)
         if not datasets:
             text = "No run has a number of negatives: there is nothing to draw against it."
-            style.say(axes[0], text)
-            return style.Drawing(name, figure, data, text)
+            return style.nothing(name, figure, data, text)
         colors = style.ordinal_colors(data["batch_size"].tolist())
         for axis, dataset in zip(axes, datasets, strict=True):
             plot_negatives(axis, data[data["dataset"] == dataset], colors)

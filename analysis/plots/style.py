@@ -71,12 +71,15 @@ class Drawing:
         What is drawn, one row per mark.
     caption : str
         Plain text, also the alternative text for screen readers.
+    said : bool
+        Whether the figure says why it is empty, in place of a plot.
     """
 
     name: str
     figure: Figure
     data: pd.DataFrame
     caption: str
+    said: bool = False
 
     def save(self, folder: Path) -> list[Path]:
         """Write `<name>.svg`, `.png` and `.csv` into a folder; equal input gives equal bytes."""
@@ -139,6 +142,12 @@ def say(axis: Axes, text: str) -> None:
     )  # fmt: skip
 
 
+def nothing(name: str, figure: Figure, data: pd.DataFrame, text: str) -> Drawing:
+    """A drawing that says in its first panel what the runs lack."""
+    say(figure.axes[0], text)
+    return Drawing(name, figure, data, text, said=True)
+
+
 def log_if_wide(axis: Axes, values: pd.Series, which: str = "x", *, ratio: float = 8.0) -> None:
     """Logarithmic axis with plain numbers where positive values span more than a factor."""
     positive = values[values > 0]
@@ -146,11 +155,37 @@ def log_if_wide(axis: Axes, values: pd.Series, which: str = "x", *, ratio: float
         return
     (axis.set_xscale if which == "x" else axis.set_yscale)("log")
     ticks = axis.xaxis if which == "x" else axis.yaxis
-    decades = math.log10(positive.max() / positive.min())
-    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-    ticks.set_major_locator(LogLocator(10, subs=subs))
+    ticks.set_major_locator(LogLocator(10, subs=_log_steps(axis, positive, which)))
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())
+
+
+_DIGIT_INCHES = 0.062
+"""Width of a digit of a tick's label."""
+_LOG_STEPS: tuple[tuple[tuple[float, ...], float], ...] = (
+    ((1.0, 2.0, 5.0), math.log10(2)), ((1.0, 3.0), math.log10(3)), ((1.0,), 1.0),
+)  # fmt: skip
+"""Ticks within a decade, and the least distance between two of them in decades."""
+
+
+def _log_steps(axis: Axes, positive: pd.Series, which: str) -> tuple[float, ...]:
+    """The densest ticks whose labels do not run into each other."""
+    low, high = float(positive.min()), float(positive.max())
+    grid = axis.get_gridspec()
+    figure = axis.get_figure(root=True)
+    if grid is None or figure is None or which == "y":
+        return (1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)
+    legend_share = 0.7
+    inches = figure.get_figwidth() * legend_share / grid.ncols
+    per_decade = inches / (1.1 * math.log10(high / low))
+    for steps, gap in _LOG_STEPS:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        labels = [f"{step * 10.0**power:g}" for power in range(first, last + 1) for step in steps
+                  if low <= step * 10.0**power <= high]  # fmt: skip
+        longest = max(map(len, labels), default=1)
+        if len(labels) > 1 and gap * per_decade >= (longest + 1) * _DIGIT_INCHES:
+            return steps
+    return (1.0,)
 
 
 def base_two(axis: Axes, values: Sequence[float]) -> None:

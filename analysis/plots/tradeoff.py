@@ -3,17 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.frame import MEMORY, numeric
+from analysis.audit import hidden_points, in_hidden_box
+from analysis.frame import MEMORY, numeric, records
 from analysis.pareto import pareto_fronts
 from analysis.plots import style
 from db.measures import MEASURES
 
+Hidden = Literal["none", "paper"]
 _FAMILIES = {"ce": "CE, CE⁻", "ce_minus": "CE, CE⁻", "cce": "CCE, CCE⁻", "cce_minus": "CCE, CCE⁻"}
 _COLUMNS = ["panel", "dataset", "run_key", "loss", "batch_size", "max_seq_len", "num_negatives"]
 
@@ -30,12 +33,15 @@ class TradeoffData:
     cost, metric : str
     note : str
         What is not drawn, and why.
+    hidden : {"none", "paper"}
+        Whether the runs that the paper's Fig. 5 hides are left out.
     """
 
     marks: pd.DataFrame
     cost: str
     metric: str
     note: str
+    hidden: Hidden = "none"
 
 
 def tradeoff_data(
@@ -44,6 +50,7 @@ def tradeoff_data(
     *,
     cost: str = MEMORY,
     metric: str = "ndcg_at_10",
+    hidden: Hidden = "none",
 ) -> TradeoffData:
     """Prepare the marks: runs with both measures, their front, and runs that did not fit.
 
@@ -53,7 +60,13 @@ def tradeoff_data(
         Of `analysis.frame.Runs`.
     cost, metric : str
         Measures on the horizontal and the vertical axis.
+    hidden : {"none", "paper"}
+        Whether the runs that the paper's Fig. 5 hides are left out; the note says how many.
     """
+    notes = []
+    if hidden == "paper":
+        notes.append(_hidden_note(frame))
+        frame = frame[~in_hidden_box(frame)]
     table = frame.assign(**{name: numeric(frame, name) for name in (cost, metric)})
     drawn = table.dropna(subset=[cost, metric])
     on_front = [
@@ -68,9 +81,11 @@ def tradeoff_data(
             marks = pd.concat([marks, bounds], ignore_index=True)
     marks["panel"] = _panels(marks)
     missing = len(table) - len(drawn)
-    note = f"{missing} of {len(table)} runs have no {cost} or {metric}." if missing else ""
+    if missing:
+        notes.append(f"{missing} of {len(table)} runs have no {cost} or {metric}.")
     columns = [*_COLUMNS, cost, metric, "on_front", "bound"]
-    return TradeoffData(marks[columns].reset_index(drop=True), cost, metric, note)
+    marks = marks[columns].reset_index(drop=True)
+    return TradeoffData(marks, cost, metric, " ".join(notes), hidden)
 
 
 def plot_tradeoff(
@@ -149,8 +164,8 @@ def tradeoff_figure(data: TradeoffData) -> style.Drawing:
         panels = list(dict.fromkeys(data.marks["panel"]))
         figure, axes = style.facets(panels, height=2.0)
         if not panels:
-            style.say(axes[0], f"No run has both {data.cost} and {data.metric}.")
-            return style.Drawing(name, figure, data.marks, "Nothing to draw. " + data.note)
+            text = f"No run has both {data.cost} and {data.metric}. {data.note}".strip()
+            return style.nothing(name, figure, data.marks, text)
         scales = Scales.of(data.marks)
         for axis, panel in zip(axes, panels, strict=True):
             plot_tradeoff(axis, data.marks[data.marks["panel"] == panel], data, scales)
@@ -158,6 +173,15 @@ def tradeoff_figure(data: TradeoffData) -> style.Drawing:
         figure.supylabel(MEASURES[data.metric].label, fontsize=8)
         _legends(figure, data, scales)
     return style.Drawing(name, figure, data.marks, _caption(data, panels))
+
+
+def _hidden_note(frame: pd.DataFrame) -> str:
+    found = hidden_points(frame)
+    listed = ", ".join(f"{row['dataset']}: {row['hidden']}" for row in records(found))
+    return (
+        f"{found['hidden'].sum()} runs are hidden, as far as the boxes of the paper's Fig. 5 are "
+        f"known ({listed or 'none of these datasets'})."
+    )
 
 
 def _panels(marks: pd.DataFrame) -> pd.Series:
@@ -210,8 +234,10 @@ def _caption(data: TradeoffData, panels: Sequence[str]) -> str:
     text = (
         f"{MEASURES[data.metric].label} against {MEASURES[data.cost].label}, one mark per run "
         f"({', '.join(parts)}). Color is the batch size, size the sequence length, shape the "
-        "number of negatives; the line is the Pareto front. No run is hidden."
+        "number of negatives; the line is the Pareto front."
     )
+    if data.hidden == "none":
+        text += " No run is hidden."
     bounds = int(data.marks["bound"].sum())
     if bounds:
         text += f" {bounds} runs did not fit and are drawn at what they needed at least."

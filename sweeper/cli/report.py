@@ -45,6 +45,13 @@ def report(
             help="Bars of quality against negatives: standard_deviation, standard_error_interval."
         ),
     ] = "standard_deviation",
+    hidden: Annotated[
+        str,
+        typer.Option(
+            help="Runs that the trade-off figure leaves out: none; paper, those that the paper's "
+            "Fig. 5 leaves out."
+        ),
+    ] = "none",
     resamples: Annotated[
         int, typer.Option(min=200, help="Bootstrap resamples of every interval.")
     ] = 10_000,
@@ -65,6 +72,7 @@ def report(
         "repeats": (repeats, ("as_published", "without")),
         "full-catalog": (full_catalog, ("paper", "vocabulary", "drop")),
         "bars": (bars, ("standard_deviation", "standard_error_interval")),
+        "hidden": (hidden, ("none", "paper")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -77,6 +85,7 @@ def report(
         repeats=repeats,  # type: ignore[arg-type]
         full_catalog=full_catalog,  # type: ignore[arg-type]
         bars=bars,  # type: ignore[arg-type]
+        hidden=hidden,  # type: ignore[arg-type]
         resamples=resamples,
         jobs=jobs,
     )

@@ -91,3 +91,18 @@ def test_catalog_size_is_needed_for_vocabulary(sweep_frame):
 def test_seeds_share_a_point(sweep_frame):
     frame = sweep_frame(seeds=(1, 2, 3))
     assert point_labels(frame).value_counts().unique().tolist() == [3]
+
+
+def test_a_setting_tied_to_a_parameter_keeps_all_runs_and_is_said(sweep_frame):
+    frame = sweep_frame()
+    frame["evaluate_every_steps"] = 4096 / frame["batch_size"]
+    alike, notes = comparable(frame)
+    assert len(alike) == len(frame)
+    assert notes == (
+        "demo: evaluate_every_steps is set by batch_size in these runs; what is said of "
+        "batch_size is said of both.",
+    )
+    frame["learning_rate"] = [1e-3, 1e-3, 1e-4] * (len(frame) // 3)
+    alike, notes = comparable(frame)
+    assert set(alike["learning_rate"]) == {1e-3}
+    assert "8 of 24 runs differ in another setting" in notes[-1]
