@@ -159,7 +159,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--address")
     parser.add_argument("--cpus", type=float, default=2)
     parser.add_argument("--gpus", type=float, default=0)
-    parser.add_argument("--stall-seconds", type=float)
+    parser.add_argument("--stall-seconds", type=float, default=1800.0)
     asked = parser.parse_args(words)
     options = LaunchOptions(
         database=asked.db,
@@ -169,6 +169,7 @@ def main(words: list[str]) -> int:
         gpus=asked.gpus,
         lease_seconds=asked.lease_seconds,
         poll_seconds=0.5,
+        stall_seconds=asked.stall_seconds,
         trainer="bench._toy_trainer:train",
     )
     outcome = launch(load_grid(asked.grid), options, PlainDisplay())

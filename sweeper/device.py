@@ -2,14 +2,19 @@
 
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
 import socket
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from db.errors import LaunchError
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 _PACKAGES = ("srsweep", "torch", "triton", "ray", "numpy")
 
 
@@ -90,6 +95,47 @@ def device_class(device: str) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(device)
     total = int(properties.total_memory)
     return f"{properties.name} {total / 2**30:.0f} GiB", total
+
+
+def gpu_classes() -> list[tuple[str, int]]:
+    """Class and memory of each GPU that this process may use.
+
+    Found by another process, so that this one never holds memory on a GPU.
+
+    Raises
+    ------
+    LaunchError
+        torch cannot use them.
+    """
+    code = (
+        "import json, torch; from sweeper.device import device_class; "
+        "print(json.dumps([device_class(f'cuda:{n}') for n in range(torch.cuda.device_count())]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise LaunchError(f"torch cannot use the GPUs of {host_name()}: {reason[:300]}")
+    return [(str(name), int(memory)) for name, memory in json.loads(done.stdout)]
+
+
+def nvidia_driver() -> str | None:
+    """Version of the NVIDIA driver of this host."""
+    try:
+        found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", _DRIVER.read_text())
+    except OSError:
+        return None
+    return found.group(1) if found else None
+
+
+def kernel_memory_kills() -> int | None:
+    """Processes of this host that the kernel has killed for want of memory; None if unknown."""
+    try:
+        words = Path("/proc/vmstat").read_text().split()
+        return int(words[words.index("oom_kill") + 1])
+    except (OSError, ValueError):
+        return None
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def dominates(larger: RunSpec, smaller: RunSpec) -> bool:
     Same dataset, model, loss and everything else that shapes memory; batch size, sequence length
     and negatives all at least as large. A null `num_negatives` is the whole catalog.
     """
-    if larger == smaller or _kind(larger) != _kind(smaller):
+    if larger == smaller or shape_of_memory(larger) != shape_of_memory(smaller):
         return False
     return (
         larger.batch_size >= smaller.batch_size
@@ -110,7 +110,13 @@ _NO_MEMORY = {
 """Fields that no training step's memory depends on."""
 
 
-def _kind(spec: RunSpec) -> tuple[tuple[str, object], ...]:
+def same_sizes(one: RunSpec, other: RunSpec) -> bool:
+    """Whether two runs of the same `shape_of_memory` have the same sizes too."""
+    return all(getattr(one, name) == getattr(other, name) for name in _SIZES)
+
+
+def shape_of_memory(spec: RunSpec) -> tuple[tuple[str, object], ...]:
+    """Everything but the three sizes that memory depends on; runs compare within one only."""
     return tuple(
         (name, value)
         for name, value in spec.to_dict().items()
@@ -137,12 +143,12 @@ def dominated(
     """
     by_kind: dict[tuple[tuple[str, object], ...], list[tuple[str, RunSpec]]] = {}
     for key, spec in infeasible:
-        by_kind.setdefault(_kind(spec), []).append((key, spec))
+        by_kind.setdefault(shape_of_memory(spec), []).append((key, spec))
     found: dict[str, str] = {}
     if not by_kind:
         return found
     for key, spec in pending:
-        for proof_key, proof in by_kind.get(_kind(spec), ()):
+        for proof_key, proof in by_kind.get(shape_of_memory(spec), ()):
             if dominates(spec, proof):
                 found[key] = proof_key
                 break

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from db.errors import GridError, SpecError
 from db.spec import SAMPLED_LOSSES, Loss, RunSpec, field_types, paper_profile, suggestion
@@ -40,6 +40,8 @@ class Resources:
     """GPUs, a fraction shares one; None means one whole GPU where there are any, else none."""
     time_limit_seconds: float | None = None
     """A run that takes longer is stopped and ends as failed."""
+    timing: Literal["exclusive", "shared"] = "exclusive"
+    """Whether times are results, so that each run has a GPU to itself, or runs share GPUs."""
 
 
 @dataclass(frozen=True)
@@ -307,9 +309,14 @@ def _read_resources(top: Mapping[str, Located]) -> Resources:
         return Resources()
     found = top["resources"].mapping("resources")
     _check_keys(found, tuple(f.name for f in dataclasses.fields(Resources)))
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for name, located in found.items():
         value = located.scalar(name)
+        if name == "timing":
+            if value not in ("exclusive", "shared"):
+                raise located.error(f"timing={value!r} must be 'exclusive' or 'shared'")
+            values[name] = value
+            continue
         lowest = 0.0 if name == "gpus" else math.ulp(0.0)
         if type(value) not in (int, float) or not math.isfinite(value) or value < lowest:
             kind = "0 or more" if name == "gpus" else "more than 0"

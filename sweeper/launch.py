@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,26 +23,33 @@ from db.errors import DataError, LaunchError, StoreError
 from db.planning import SweepView, end_attempts
 from db.spec import AttemptStatus, RunSpec, RunStatus
 from db.store import DatasetRecord, PlannedRun, RunStore
-from sweeper.device import num_local_cpus, num_local_gpus, process_is_alive, process_space
+from sweeper.agenda import Agenda, Candidate, Site
+from sweeper.cluster import ask_nodes, refuse_differences
+from sweeper.device import (
+    kernel_memory_kills,
+    num_local_cpus,
+    num_local_gpus,
+    process_is_alive,
+    process_space,
+)
 from sweeper.feasibility import CatalogSize, check_negatives, check_resources, dominated
+from sweeper.forecast import MemoryForecaster
 from sweeper.grid import Grid, Resources
 from sweeper.interrupt import Interruption, Signals, interruptible
 from sweeper.monitor import Monitor
 from sweeper.plan import (
     History,
     RetryLimits,
-    Slot,
-    Task,
     predicted_cost,
     reason_to_give_up,
     summarise,
 )
 from sweeper.progress import Display, RateClock, Snapshot, describe
 from sweeper.session import Session, ray_session
+from sweeper.site import cluster_site, local_site, measured_runs, shapes_of
 from sweeper.worker import WorkerSettings
 
-_ROUND_SIZE = 2000
-"""Runs handed to Ray Tune at once; it slows down beyond a few thousand trials."""
+_KILLED_FOR_MEMORY = "its process is gone, and the kernel killed for want of host memory meanwhile"
 _IDLE_ROUNDS = 3
 """Rounds in which no run could even be claimed before the launch gives up."""
 
@@ -73,6 +81,10 @@ class LaunchOptions:
     lease_seconds: float = 60.0
     """A worker that has not been heard of for so long is lost."""
     poll_seconds: float = 2.0
+    stall_seconds: float | None = 1800.0
+    """A run whose training reports nothing for so long is ended and tried again."""
+    away_seconds: float = 3600.0
+    """How long the planner waits for a run database that went away."""
     spool_dir: Path | None = None
     """Where rows wait while the database is away; None is beside it or in the user's state."""
     step_rows_every: int = 1
@@ -126,13 +138,20 @@ def launch(grid: Grid, options: LaunchOptions, display: Display) -> Outcome:
             "give --db postgresql://..., or leave out --address"
         )
     with interruptible() as signals:
+        resources = options.resources or grid.resources
+        datasets = open_datasets(grid.points, options.data_dir)
+        check_negatives(grid.points, {n: CatalogSize(n, d.num_items) for n, d in datasets.items()})
         if options.address is not None:
             with ray_session(options.address) as session:
-                cpus, gpus = session.largest_node
-                sweep = _Sweep(grid, options, cpus, gpus, display, "the cluster's largest node")
+                node = session.largest_node
+                resources = _resolved(resources, node.cpus, node.gpus, "the cluster's largest node")
+                site = _inspected(session, options, datasets)
+                sweep = _Sweep(grid, options, resources, site, datasets, display)
                 return sweep.carry_out(session, signals)
-        cpus, gpus = _local_size(options, options.resources or grid.resources)
-        sweep = _Sweep(grid, options, cpus, gpus, display, "this machine")
+        cpus, gpus = _local_size(options, resources)
+        resources = _resolved(resources, cpus, gpus, "this machine")
+        site = local_site(cpus, gpus if resources.gpus else 0.0)
+        sweep = _Sweep(grid, options, resources, site, datasets, display)
         if not sweep.unfinished():
             return sweep.outcome()
         with ray_session(None, cpus=cpus, gpus=gpus) as session:
@@ -145,6 +164,21 @@ def _local_size(options: LaunchOptions, resources: Resources) -> tuple[float, fl
     if options.gpus is not None:
         return cpus, options.gpus
     return cpus, 0.0 if resources.gpus == 0 else float(num_local_gpus())
+
+
+def _resolved(asked: Resources, cpus: float, gpus: float, where: str) -> Resources:
+    """Resources of a run with the GPUs that null stands for, refused where no node has them."""
+    found = dataclasses.replace(asked, gpus=float(gpus > 0) if asked.gpus is None else asked.gpus)
+    check_resources(found, cpus=cpus, gpus=gpus, where=where)
+    return found
+
+
+def _inspected(session: Session, options: LaunchOptions, datasets: Mapping[str, Any]) -> Site:
+    """A cluster whose nodes were all asked whether they can carry out the sweep."""
+    folder = str(options.data_dir.resolve())
+    reports = ask_nodes(session, options.database, folder)
+    refuse_differences(list(reports.values()), folder, datasets.keys())
+    return cluster_site(session.nodes, reports)
 
 
 def open_datasets(points: Sequence[RunSpec], data_dir: Path) -> dict[str, Any]:
@@ -191,22 +225,14 @@ class _Sweep:
         self,
         grid: Grid,
         options: LaunchOptions,
-        cpus: float,
-        gpus: float,
+        resources: Resources,
+        site: Site,
+        datasets: Mapping[str, Any],
         display: Display,
-        place: str,
     ) -> None:
         self._grid, self._options, self._display = grid, options, display
-        asked = options.resources or grid.resources
-        self._resources = dataclasses.replace(
-            asked, gpus=float(gpus > 0) if asked.gpus is None else asked.gpus
-        )
-        self._cpus_of_node = cpus
-        datasets = open_datasets(grid.points, options.data_dir)
-        check_negatives(grid.points, {n: CatalogSize(n, d.num_items) for n, d in datasets.items()})
-        check_resources(self._resources, cpus=cpus, gpus=gpus, where=place)
-        device_type = "cuda" if self._resources.gpus else "cpu"
-        self._candidates = _planned(grid.points, datasets, device_type)
+        self._resources, self._site = resources, site
+        self._candidates = _planned(grid.points, datasets, "cuda" if resources.gpus else "cpu")
         self._planned = self._candidates if grid.search is None else {}
         self._costs = {
             key: predicted_cost(run.spec, datasets[run.spec.dataset].num_items)
@@ -214,13 +240,17 @@ class _Sweep:
         }
         self._clock = RateClock(self._costs)
         self._varying = _varying_fields(grid.points)
-        self._lock = threading.Lock()
-        self._left: set[str] = set()
         self._drain = False
         self._store = RunStore.open(options.database)
         self._view = SweepView(options.database, grid.name)
         self._record(datasets)
         self._settings = self._worker_settings(datasets)
+        self._agenda = Agenda(site, resources, max_concurrent=options.max_concurrent)
+        self._shapes = shapes_of(datasets) if site.groups else {}
+        self._fingerprints = {name: dataset.fingerprint for name, dataset in datasets.items()}
+        self._num_learnt = -1
+        self._refilled_at = 0.0
+        self._refreshing = threading.Lock()
 
     def _worker_settings(self, datasets: Mapping[str, Any]) -> WorkerSettings:
         options = self._options
@@ -234,6 +264,7 @@ class _Sweep:
             last_event=self._view.last_event(),
             lease_seconds=options.lease_seconds,
             time_limit_seconds=self._resources.time_limit_seconds,
+            stall_seconds=options.stall_seconds,
             step_rows_every=options.step_rows_every,
             trainer=options.trainer,
         )
@@ -282,38 +313,76 @@ class _Sweep:
         return self.outcome(interrupted_by=interruption.number)
 
     def _rounds(self, session: Session, signals: Signals) -> None:
-        from sweeper.tuning import run_tasks
-
-        idle = 0
+        idle, away_since = 0, None
         while True:
             signals.check()
-            self._free_orphans()
-            tasks = [] if self._drain else self._plan()
-            if not tasks:
-                if self._drain:
-                    return
-                if not self._running():
-                    if self._ask():
-                        continue
-                    return
+            try:
+                before = self._num_attempts()
+                self._agenda.reopen()
+                self._refresh()
+                if not self._agenda.waiting or self._drain:
+                    if self._drain or not (self._running() or self._ask()):
+                        return
+                    signals.sleep(self._options.poll_seconds)
+                    continue
+                errors = self._round(session, signals)
+                idle = 0 if self._num_attempts() > before else idle + 1
+                away_since = None
+            except StoreError as error:
+                # the monitor has told the user; workers write to their spools meanwhile
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > self._options.away_seconds:
+                    raise error
                 signals.sleep(self._options.poll_seconds)
                 continue
-            before = self._num_attempts()
-            try:
-                errors = run_tasks(
-                    tasks[:_ROUND_SIZE],
-                    self._settings,
-                    session.folder,
-                    self._take,
-                    signals.check,
-                    max_concurrent=self._options.max_concurrent,
-                )
-            except Exception as error:
-                errors = [f"{type(error).__name__}: {error}"]
-                self._display.note(f"Ray Tune ended its round early: {' '.join(errors[0].split())}")
-            idle = 0 if self._num_attempts() > before else idle + 1
             if errors and idle >= _IDLE_ROUNDS:
                 raise LaunchError(f"no worker can start a run: {errors[0]}")
+
+    def _round(self, session: Session, signals: Signals) -> list[str]:
+        """Let Ray Tune carry out what there is; what its trials raised."""
+        from sweeper.tuning import Round, run_round
+
+        now = Round(self._agenda, self._take, signals.check, self._refill)
+        # leftovers in GPU memory would falsify the next run's figures
+        reuse = not self._resources.gpus
+        try:
+            return run_round(now, self._settings, session.folder, reuse=reuse)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            self._display.note(f"Ray Tune ended its round early: {' '.join(text.split())}")
+            return [text]
+
+    def _refill(self) -> bool:
+        """Look for more to start; False when the database is away, or it is too soon."""
+        if time.monotonic() - self._refilled_at < min(0.5, self._options.poll_seconds):
+            return False
+        self._refilled_at = time.monotonic()
+        try:
+            self._refresh()
+        except StoreError:
+            return False
+        return True
+
+    def _refresh(self) -> None:
+        """Bring the agenda up to date: what is pending now, and what is known of its memory."""
+        with self._refreshing:
+            self._free_orphans()
+            mark = self._agenda.mark()
+            if self._options.prune:
+                self._prune()
+            statuses = self._statuses()
+            self._learn(statuses)
+            self._agenda.offer(self._pending(statuses), mark)
+
+    def _learn(self, statuses: Mapping[str, RunStatus]) -> None:
+        """Predict memory from all finished runs again, once there are a tenth more of them."""
+        done = sum(status is RunStatus.DONE for status in statuses.values())
+        enough = max(1.1 * self._num_learnt, self._num_learnt + 3)
+        if not self._site.groups or (self._num_learnt >= 0 and done < enough):
+            return
+        self._num_learnt = done
+        measured = measured_runs(self._options.database, self._fingerprints)
+        self._agenda.learn(MemoryForecaster(self._shapes, measured))
 
     def _ask(self) -> bool:
         """Let a search choose its next runs; whether it did."""
@@ -331,57 +400,50 @@ class _Sweep:
         self._planned = self._planned | chosen
         return bool(chosen)
 
-    def _plan(self) -> list[Task]:
-        """Pending runs to try now, the longest first; those beyond their retries are closed."""
+    def _pending(self, statuses: Mapping[str, RunStatus]) -> list[Candidate]:
+        """Runs to try; those beyond their retries are closed."""
         failures = summarise(self._view.failures(self._settings.launch_id))
-        tasks = []
-        for key, status in self._statuses().items():
+        candidates = []
+        for key, status in statuses.items():
             if status is not RunStatus.PENDING:
                 continue
             history = failures.get(key, History())
             reason = reason_to_give_up(history, self._options.retries)
             if reason is not None:
                 self._close(key, reason)
-            else:
-                tasks.append(Task(key, self._slot(whole=history.shared_out_of_memory > 0)))
-        tasks.sort(key=lambda task: -self._costs[task.key])
-        with self._lock:
-            self._left = {task.key for task in tasks}
-        return tasks
+                continue
+            spec, whole = self._planned[key].spec, history.shared_out_of_memory > 0
+            candidates.append(Candidate(key, spec, self._costs[key], whole))
+        return candidates
 
     def _close(self, key: str, reason: str) -> None:
         with contextlib.suppress(StoreError):  # another launch may have been faster
             self._store.give_up(key, RunStatus.FAILED, reason)
         self._display.finished(self._name(key), {"outcome": "failed", "error": reason})
 
-    def _slot(self, *, whole: bool) -> Slot:
-        cpus, gpus = self._resources.cpus, self._resources.gpus or 0.0
-        if whole:
-            return Slot(cpus if gpus else self._cpus_of_node, float(gpus > 0), whole=True)
-        return Slot(cpus, gpus, whole=gpus >= 1 or (not gpus and cpus >= self._cpus_of_node))
-
     def _free_orphans(self) -> None:
         """End attempts whose worker is gone, after their last rows were brought in."""
         self._store.replay_spools(self._settings.spool_dir)
-        here = process_space()
-        dead = [
-            attempt.attempt_id
-            for attempt in self._view.running_attempts()
-            if attempt.versions.get("process_space") == here
-            and attempt.pid is not None
-            and not process_is_alive(attempt.pid)
-        ]
-        end_attempts(self._options.database, dead, AttemptStatus.LOST, "its process is gone")
+        here, kills = process_space(), str(kernel_memory_kills())
+        dead: dict[str, list[int]] = {}
+        for attempt in self._view.running_attempts():
+            ours = attempt.versions.get("process_space") == here and attempt.pid is not None
+            if not ours or process_is_alive(attempt.pid or 0):
+                continue
+            before = attempt.versions.get("kernel_memory_kills", kills)
+            reason = "its process is gone" if before == kills else _KILLED_FOR_MEMORY
+            dead.setdefault(reason, []).append(attempt.attempt_id)
+        for reason, attempts in dead.items():
+            end_attempts(self._options.database, attempts, AttemptStatus.LOST, reason)
         self._store.expire_leases()
 
     def _look_after(self) -> None:
         """Called every few seconds beside Ray Tune."""
-        self._store.expire_leases()
         if not self._drain and self._view.stop_requested(self._settings.last_event):
             self._drain = True
+            self._agenda.close()
             self._display.note("asked to stop: running runs finish, no more are started")
-        if self._options.prune:
-            self._prune()
+        self._refresh()
         self._display.update(self._snapshot())
 
     def _prune(self) -> None:
@@ -389,17 +451,23 @@ class _Sweep:
         for key, status in self._statuses().items():
             by_status.setdefault(status, []).append((key, self._planned[key].spec))
         proofs = by_status.get(RunStatus.OUT_OF_MEMORY, [])
+        if proofs:
+            devices = self._view.out_of_memory_devices()
+            proofs = [proof for proof in proofs if self._holds_here(devices.get(proof[0]))]
         for key, proof in dominated(by_status.get(RunStatus.PENDING, []), proofs).items():
             reason = f"needs at least the memory of {self._name(proof)}, which did not fit"
             with contextlib.suppress(StoreError):  # a worker may have claimed it meanwhile
                 self._store.give_up(key, RunStatus.SKIPPED, reason, proven_by=proof)
                 self._display.finished(self._name(key), {"outcome": "skipped", "error": reason})
 
+    def _holds_here(self, device: tuple[str, int | None] | None) -> bool:
+        """Whether out of memory on a device says something about the devices of this launch."""
+        largest = self._site.largest_memory_bytes
+        return largest is None or device is None or (device[1] or largest) >= largest
+
     def _take(self, result: dict[str, Any]) -> None:
         key, outcome = str(result.get("key")), result.get("outcome")
         self._clock.finished(key)
-        with self._lock:
-            self._left.discard(key)
         if outcome not in ("elsewhere", None):
             self._display.finished(self._name(key), result)
 
@@ -413,8 +481,7 @@ class _Sweep:
 
     def _snapshot(self) -> Snapshot:
         counts = Counter(status.value for status in self._statuses().values())
-        with self._lock:
-            remaining = self._clock.remaining_seconds(self._left)
+        remaining = self._clock.remaining_seconds(self._agenda.unfinished)
         return Snapshot(counts, self._view.best("ndcg_at_10"), remaining)
 
     def _num_attempts(self) -> int:

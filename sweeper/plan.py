@@ -6,10 +6,15 @@ from typing import Literal
 
 from db.spec import SAMPLED_LOSSES, RunSpec
 
+CONTEXT_BYTES = 700 * 2**20
+"""What a process holds on a GPU beside its tensors: CUDA context, kernels, library work spaces."""
 SHARED_OUT_OF_MEMORY = "SharedDeviceOutOfMemory"
-"""Error class of an attempt that ran out of memory on a device it did not have to itself."""
+"""Error class of an attempt that ran out of memory where more could be had: on a share of a
+device, or on one that is not the largest."""
 TIME_LIMIT = "TimeLimitExceeded"
 """Error class of an attempt that took longer than a run may."""
+STALLED = "Stalled"
+"""Error class of an attempt whose training reported nothing for too long."""
 
 DETERMINISTIC_ERRORS = frozenset(
     {
@@ -38,11 +43,20 @@ class Slot:
     gpus: float
     whole: bool = False
     """Whether the run has its device (a GPU, or all cores of a host) to itself."""
+    largest: bool = True
+    """Whether no device that the launch can use has more memory."""
+    accelerator: str | None = None
+    """Ray's name of the kind of GPU, where a cluster has several."""
 
     @property
     def device(self) -> str:
         """Name of the device for torch."""
         return "cuda" if self.gpus else "cpu"
+
+    @property
+    def decides(self) -> bool:
+        """Whether out of memory here is the run's result, not a reason to try more room."""
+        return self.whole and self.largest
 
     @property
     def timing(self) -> Literal["exclusive", "shared"]:
@@ -77,6 +91,8 @@ class History:
     shared_out_of_memory: int = 0
     last_error_class: str | None = None
     last_error_message: str | None = None
+    last_loss: str | None = None
+    """What was seen when the last worker vanished."""
 
 
 def reason_to_give_up(history: History, limits: RetryLimits) -> str | None:
@@ -96,8 +112,8 @@ def reason_to_give_up(history: History, limits: RetryLimits) -> str | None:
         return f"{error} ({history.errors} attempts)"
     if history.lost >= limits.lost:
         return (
-            f"killed: {history.lost} workers vanished at it; the host may be out of memory "
-            "(see dmesg)"
+            f"killed: {history.lost} workers vanished at it, the last: "
+            f"{history.last_loss or 'not heard of any more'}"
         )
     return None
 
@@ -116,8 +132,13 @@ def summarise(attempts: Iterable[Mapping[str, object]]) -> dict[str, History]:
             shared_out_of_memory=old.shared_out_of_memory + shared,
             last_error_class=str(row["error_class"]) if is_error else old.last_error_class,
             last_error_message=str(row["error_message"]) if is_error else old.last_error_message,
+            last_loss=_text(row["error_message"]) if status == "lost" else old.last_loss,
         )
     return found
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def predicted_cost(spec: RunSpec, num_items: int) -> float:

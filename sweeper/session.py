@@ -25,6 +25,7 @@ _QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's swallows Ctrl-C and ends with exit code 0
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its snapshots are not the record
     "TUNE_WARN_THRESHOLD_S": "600",
+    "TUNE_MAX_PENDING_TRIALS_PG": "256",  # the agenda says how many; with a searcher it is 1
 }
 _LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes every port of a local Ray loopback
@@ -33,27 +34,27 @@ _LOCAL = {
 
 
 @dataclass(frozen=True)
+class Node:
+    """A living node as Ray counts it."""
+
+    cpus: float
+    gpus: float
+    accelerator: str | None = None
+    """Ray's name of its kind of GPU."""
+    node_id: str = ""
+
+
+@dataclass(frozen=True)
 class Session:
     """A connected Ray and the folder for its files."""
 
     folder: Path
-    nodes: tuple[tuple[float, float], ...]
-    """CPU cores and GPUs of each node."""
+    nodes: tuple[Node, ...]
 
     @property
-    def cpus(self) -> float:
-        """CPU cores of the whole cluster."""
-        return sum(node[0] for node in self.nodes)
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of the whole cluster."""
-        return sum(node[1] for node in self.nodes)
-
-    @property
-    def largest_node(self) -> tuple[float, float]:
-        """CPU cores and GPUs that one run can have at most."""
-        return max(self.nodes, key=lambda node: (node[1], node[0]), default=(0.0, 0.0))
+    def largest_node(self) -> Node:
+        """The node with most GPUs, then CPU cores: what one run can have at most."""
+        return max(self.nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0.0, 0.0))
 
 
 @contextlib.contextmanager
@@ -88,13 +89,22 @@ def ray_session(
     folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=_short_temp()))
     try:
         _connect(ray, address, folder, cpus, gpus)
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        nodes = tuple((float(r.get("CPU", 0)), float(r.get("GPU", 0))) for r in alive)
-        yield Session(folder, nodes)
+        yield Session(folder, tuple(_node(node) for node in ray.nodes() if node["Alive"]))
     finally:
         with contextlib.suppress(Exception):
             ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _node(found: dict[str, Any]) -> Node:
+    resources = found["Resources"]
+    kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+    return Node(
+        float(resources.get("CPU", 0)),
+        float(resources.get("GPU", 0)),
+        max(kinds, key=len, default=None),  # of A100 and A100-80G the one that says more
+        str(found["NodeID"]),
+    )
 
 
 def _connect(

@@ -1,13 +1,15 @@
 """The Ray Tune side: one trial is one run; Tune schedules, the database remembers."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search import Searcher
 
-from sweeper.plan import Slot, Task
+from sweeper.agenda import Agenda
+from sweeper.plan import Slot
 from sweeper.worker import WorkerSettings, execute
 
 
@@ -22,7 +24,7 @@ class RunTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Carry out the whole run."""
         task = self.config["task"]
-        slot = Slot(task["cpus"], task["gpus"], task["whole"])
+        slot = Slot(**{name: value for name, value in task.items() if name != "key"})
         return {**execute(task["key"], self._settings, slot), "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -37,53 +39,97 @@ class RunTrainable(tune.Trainable):
         """Load nothing."""
 
 
-_rounds: dict[str, tuple[Callable[[dict[str, Any]], None], Callable[[], None]]] = {}
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What Ray Tune asks and tells while it carries out one round; all in its own thread."""
+
+    agenda: Agenda
+    take: Callable[[dict[str, Any]], None]
+    """Called with what each worker returned."""
+    check: Callable[[], None]
+    """Called several times a second; what it raises ends the round."""
+    refill: Callable[[], bool]
+    """Called when nothing is left to start; whether it could look for more."""
+
+
+_rounds: dict[str, Round] = {}
+"""By name: Tune copies and pickles its callbacks and searchers, so they hold the name alone."""
 
 
 class _Feed(tune.Callback):
-    """Passes on what workers returned; touches neither disk nor network.
-
-    Tune copies and pickles its callbacks, so only the name of the round is kept here.
-    """
+    """Passes on what workers returned; touches neither disk nor network."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        _rounds[self._name][1]()
+        _rounds[self._name].check()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        _rounds[self._name][0](dict(trial.last_result or {}))
+        self._end(trial.config["task"]["key"], dict(trial.last_result or {}))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        _rounds[self._name][0]({"key": trial.config["task"]["key"], "outcome": "vanished"})
+        key = trial.config["task"]["key"]
+        self._end(key, {"key": key, "outcome": "vanished"})
+
+    def _end(self, key: str, result: dict[str, Any]) -> None:
+        _rounds[self._name].agenda.ended(key, started=result.get("outcome") != "vanished")
+        _rounds[self._name].take(result)
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    settings: WorkerSettings,
-    folder: Path,
-    take: Callable[[dict[str, Any]], None],
-    check: Callable[[], None],
-    *,
-    max_concurrent: int | None = None,
-) -> list[str]:
-    """Have Ray Tune carry out runs, in their order as far as resources allow.
+class _Planned(Searcher):
+    """Hands out the agenda's runs whenever there is room, until nothing more comes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **_: Any) -> bool:
+        """Take nothing: the agenda knows what to run."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """Next run, None to be asked again, or that there are no more."""
+        now = _rounds[self._name]
+        task = now.agenda.next()
+        if task is None and now.agenda.is_idle:
+            if not now.refill():
+                return None
+            task = now.agenda.next()
+            if task is None:
+                return Searcher.FINISHED
+        if task is None:
+            return None
+        return {"task": {"key": task.key, **dataclasses.asdict(task.slot)}}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing to learn."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Save nothing: the database is the record."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
+
+
+def run_round(now: Round, settings: WorkerSettings, folder: Path, *, reuse: bool) -> list[str]:
+    """Have Ray Tune carry out what an agenda hands out, until it hands out nothing more.
 
     Parameters
     ----------
-    tasks : sequence of Task
-        What to carry out.
+    now : Round
+        What to run, and whom to tell.
     settings : WorkerSettings
         For the workers.
     folder : Path
         Where Tune may keep its own files.
-    take : callable
-        Called in this thread with what each worker returned.
-    check : callable
-        Called in this thread several times a second; what it raises ends the round.
-    max_concurrent : int, optional
-        Most runs at a time.
+    reuse : bool
+        Let a worker process take one run after another.
 
     Returns
     -------
@@ -91,17 +137,15 @@ def run_tasks(
         One line for each trial that raised instead of returning.
     """
     name = f"round-{len(list(folder.glob('round-*')))}"
-    on_gpus = any(task.slot.gpus for task in tasks)
-    configs = [{"key": task.key, **dataclasses.asdict(task.slot)} for task in tasks]
     trainable = tune.with_resources(
         tune.with_parameters(RunTrainable, settings=settings), _resources
     )
     tuner = tune.Tuner(
         trainable,
-        param_space={"task": tune.grid_search(configs)},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=max_concurrent,
-            reuse_actors=not on_gpus,  # leftovers in GPU memory would falsify the next figures
+            num_samples=-1,
+            search_alg=_Planned(name),
+            reuse_actors=reuse,
             trial_name_creator=_trial_id,
             trial_dirname_creator=_trial_id,
         ),
@@ -113,7 +157,7 @@ def run_tasks(
             callbacks=[_Feed(name)],
         ),
     )
-    _rounds[name] = (take, check)
+    _rounds[name] = now
     try:
         results = tuner.fit()
     finally:
@@ -127,8 +171,12 @@ def _trial_id(trial: Any) -> str:
 
 def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     task = config["task"]
-    gpu = {"GPU": task["gpus"]} if task["gpus"] else {}
-    return tune.PlacementGroupFactory([{"CPU": task["cpus"], **gpu}])
+    bundle = {"CPU": task["cpus"]}
+    if task["gpus"]:
+        bundle["GPU"] = task["gpus"]
+    if task["accelerator"]:
+        bundle[f"accelerator_type:{task['accelerator']}"] = 0.001
+    return tune.PlacementGroupFactory([bundle])
 
 
 def _first_cause(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from db.errors import DataError, LostLeaseError
+from db.errors import DataError, LostLeaseError, SchemaVersionError, StoreError
 from db.measures import EvaluationRecord, HistogramRecord, RunResult, StepRecord
 from db.planning import SweepView
 from db.spec import RunStatus
@@ -23,10 +23,12 @@ from sweeper.device import (
     device_class,
     git_commit,
     host_name,
+    kernel_memory_kills,
     package_versions,
     process_space,
 )
-from sweeper.plan import SHARED_OUT_OF_MEMORY, Slot
+from sweeper.plan import CONTEXT_BYTES, SHARED_OUT_OF_MEMORY, Slot
+from sweeper.watchdog import Watchdog
 
 
 class TimeLimitExceeded(Exception):
@@ -48,6 +50,10 @@ class WorkerSettings:
     """Requests to stop count when they are newer than this event."""
     lease_seconds: float = 60.0
     time_limit_seconds: float | None = None
+    stall_seconds: float | None = None
+    """A run that reports nothing for so long is ended."""
+    patience_seconds: float = 600.0
+    """How long a worker waits for a database that is away before it gives its run back."""
     step_rows_every: int = 1
     checkpoint_minutes: float = 10.0
     """Time between checkpoints, from which a later attempt on the same host goes on."""
@@ -73,19 +79,40 @@ def execute(key: str, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
         `outcome` (a run status, or `elsewhere`, `lost`, `error`) and figures for the display.
     """
     began = time.monotonic()
-    _limit_threads(slot)
-    store = _open_store(settings.database)
-    if SweepView(settings.database, settings.sweep).stop_requested(settings.last_event):
+    _limit_resources(slot)
+    found = _claim(key, settings, slot)
+    if found is None:
         return {"key": key, "outcome": "elsewhere"}
-    claim = store.claim(key, describe_worker(settings, slot), lease_seconds=settings.lease_seconds)
-    if claim is None:
-        return {"key": key, "outcome": "elsewhere"}
+    store, claim = found
     try:
         with store.writer(claim, spool_dir=Path(settings.spool_dir)) as writer:
             outcome = _Execution(store, claim, writer, settings, slot).run()
     except LostLeaseError:
         outcome = {"outcome": "lost"}
     return {"key": key, **outcome, "seconds": time.monotonic() - began}
+
+
+def _claim(key: str, settings: WorkerSettings, slot: Slot) -> tuple[RunStore, Claim] | None:
+    """Claim a run, waiting for a database that is away; None when it is not to be run here."""
+    worker = describe_worker(settings, slot)
+    deadline = time.monotonic() + settings.patience_seconds
+    pause = 0.25
+    while True:
+        try:
+            store = _open_store(settings.database)
+            view = SweepView(settings.database, settings.sweep)
+            if view.stop_requested(settings.last_event):
+                return None
+            claim = store.claim(key, worker, lease_seconds=settings.lease_seconds)
+        except SchemaVersionError:
+            raise
+        except StoreError:
+            if time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
+        else:
+            return None if claim is None else (store, claim)
 
 
 def describe_worker(settings: WorkerSettings, slot: Slot) -> WorkerInfo:
@@ -98,7 +125,11 @@ def describe_worker(settings: WorkerSettings, slot: Slot) -> WorkerInfo:
         device_memory_bytes=memory,
         timing=slot.timing,
         versions=package_versions()
-        | {"launch": settings.launch_id, "process_space": process_space()},
+        | {
+            "launch": settings.launch_id,
+            "process_space": process_space(),
+            "kernel_memory_kills": str(kernel_memory_kills()),
+        },
         git_commit=git_commit(),
     )
 
@@ -134,7 +165,7 @@ class _Execution:
             raise
         except Exception as error:
             return self._fail(type(error).__name__, " ".join(str(error).split())[:2000])
-        if result.status is RunStatus.OUT_OF_MEMORY and not self._slot.whole:
+        if result.status is RunStatus.OUT_OF_MEMORY and not self._slot.decides:
             return self._fail(SHARED_OUT_OF_MEMORY, result.error or "out of memory")
         self._writer.finish(result)
         return {"outcome": result.status.value, "ndcg_at_10": result.test.get("ndcg_at_10")}
@@ -154,12 +185,19 @@ class _Execution:
             checkpoint_minutes=settings.checkpoint_minutes,
         )
         train = _load_trainer(settings.trainer)
-        recorder = _Watched(self._writer, settings.time_limit_seconds, self._resumed)
-        try:
-            return train(self._claim.spec, dataset, recorder, self._slot.device, options=options)
-        except _StaleCheckpoint:
-            shutil.rmtree(self._checkpoints)
-            return train(self._claim.spec, dataset, recorder, self._slot.device, options=options)
+        watchdog = Watchdog(
+            self._writer.fail,
+            stall_seconds=settings.stall_seconds,
+            limit_seconds=settings.time_limit_seconds,
+        )
+        spec, device = self._claim.spec, self._slot.device
+        with watchdog:
+            recorder = _Watched(self._writer, settings.time_limit_seconds, self._resumed, watchdog)
+            try:
+                return train(spec, dataset, recorder, device, options=options)
+            except _StaleCheckpoint:
+                shutil.rmtree(self._checkpoints)
+                return train(spec, dataset, recorder, device, options=options)
 
     def _resumed(self, step: int) -> None:
         """Take over the rows of the attempt before, below the step at which training goes on."""
@@ -172,11 +210,16 @@ class _Watched:
     """A recorder that notices where training resumed, and ends a run that takes too long."""
 
     def __init__(
-        self, writer: RunWriter, limit_seconds: float | None, resumed: Callable[[int], None]
+        self,
+        writer: RunWriter,
+        limit_seconds: float | None,
+        resumed: Callable[[int], None],
+        watchdog: Watchdog,
     ) -> None:
         self._writer = writer
         self._limit = limit_seconds
         self._resumed = resumed
+        self._watchdog = watchdog
         self._is_first = True
         self._began = time.monotonic()
 
@@ -184,6 +227,7 @@ class _Watched:
         if self._is_first and record.step >= 1:
             self._resumed(record.step)
         self._is_first = False
+        self._watchdog.progress()
         self._writer.step(record)
         if self._limit is not None and time.monotonic() - self._began > self._limit:
             raise TimeLimitExceeded(
@@ -192,6 +236,7 @@ class _Watched:
             )
 
     def evaluation(self, records: Sequence[EvaluationRecord]) -> None:
+        self._watchdog.progress()
         self._writer.evaluation(records)
 
     def histogram(self, record: HistogramRecord) -> None:
@@ -228,7 +273,15 @@ def _load_trainer(name: str) -> Callable[..., RunResult]:
     return found
 
 
-def _limit_threads(slot: Slot) -> None:
+def _limit_resources(slot: Slot) -> None:
+    """Keep to the slot: threads of the CPU, and the share of a GPU's memory.
+
+    Ray only counts shares. With a limit, a run that needs more than was predicted runs out of its
+    own share and is tried on a whole GPU, in place of pushing its neighbors out of theirs.
+    """
     import torch
 
     torch.set_num_threads(max(1, int(slot.cpus)))
+    if 0 < slot.gpus < 1 and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(0.01, slot.gpus - CONTEXT_BYTES / total))

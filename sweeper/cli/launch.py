@@ -1,8 +1,9 @@
 """`srsweep launch`: run every point of a grid."""
 
 import dataclasses
+import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,13 @@ from sweeper.cli.options import (
 
 if TYPE_CHECKING:
     from sweeper.grid import Grid
+
+
+class Timing(enum.StrEnum):
+    """Whether runs have their GPU to themselves."""
+
+    EXCLUSIVE = "exclusive"
+    SHARED = "shared"
 
 
 def launch(
@@ -42,6 +50,13 @@ def launch(
         float | None,
         typer.Option(min=0, help="GPUs of each run, a fraction shares one; replaces the grid's."),
     ] = None,
+    timing: Annotated[
+        Timing | None,
+        typer.Option(
+            help="exclusive: each run has a GPU to itself, its times are results; shared: runs "
+            "share GPUs by predicted memory; replaces the grid's."
+        ),
+    ] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Most runs at a time.")] = None,
     time_limit: Annotated[
         float | None, typer.Option(min=1, metavar="SECONDS", help="Longest time of one run.")
@@ -63,6 +78,10 @@ def launch(
             help="Skip points that need at least the memory of one that ran out of it.",
         ),
     ] = True,
+    stall_seconds: Annotated[
+        float,
+        typer.Option(min=1, help="A run that reports no step or evaluation for so long is ended."),
+    ] = 1800.0,
     step_rows_every: Annotated[int, typer.Option(min=1, help="Store every so many steps.")] = 1,
     lease_seconds: Annotated[
         float, typer.Option(min=2, help="Silence after which a worker counts as lost.")
@@ -82,6 +101,7 @@ def launch(
         srsweep launch grids/demo.yaml
         srsweep launch grids/demo.yaml --dry-run
         srsweep launch grids/demo.yaml --cpus-per-run 2 --max-concurrent 4
+        srsweep launch grids/demo.yaml --timing shared
         srsweep launch grids/demo.yaml --address head:6379 --db postgresql://user@host/runs
     """
     from sweeper.grid import MAX_POINTS, load_grid
@@ -91,7 +111,12 @@ def launch(
         show_points(loaded)
         return
     resources = loaded.resources
-    changes = {"cpus": cpus_per_run, "gpus": gpus_per_run, "time_limit_seconds": time_limit}
+    changes: dict[str, Any] = {
+        "cpus": cpus_per_run,
+        "gpus": gpus_per_run,
+        "time_limit_seconds": time_limit,
+        "timing": timing and timing.value,
+    }
     resources = dataclasses.replace(
         resources, **{name: value for name, value in changes.items() if value is not None}
     )
@@ -113,6 +138,7 @@ def launch(
         retry_failed=retry_failed,
         retry_out_of_memory=retry_out_of_memory,
         prune=prune,
+        stall_seconds=stall_seconds,
         step_rows_every=step_rows_every,
         lease_seconds=lease_seconds,
     )

@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import sys
 import types
@@ -10,7 +11,7 @@ from bench.chaos import make_dataset
 from sweeper import launch as launching
 from sweeper.grid import parse_grid
 from sweeper.launch import LaunchOptions, launch
-from sweeper.session import Session
+from sweeper.session import Node, Session
 from sweeper.worker import execute
 
 
@@ -49,9 +50,10 @@ class Planner:
         self.display = Recording()
         self.sessions: list[tuple] = []
         self._monkeypatch = monkeypatch
-        self.nodes = ((2.0, 0.0),)
+        self.nodes = (Node(2.0, 0.0),)
         tuning = types.ModuleType("sweeper.tuning")
-        tuning.run_tasks = self.run_tasks
+        tuning.Round = collections.namedtuple("Round", "agenda take check refill")
+        tuning.run_round = self.run_round
         monkeypatch.setitem(sys.modules, "sweeper.tuning", tuning)
         monkeypatch.setattr(launching, "ray_session", self.session)
         self.behave()
@@ -68,18 +70,28 @@ class Planner:
         self.sessions.append((address, size))
         yield Session(self.journal.parent, self.nodes)
 
-    def run_tasks(self, tasks, settings, folder, take, check, *, max_concurrent=None):
-        self.settings = settings
-        self.rounds.append(list(tasks))
-        errors = []
-        for task in tasks:
+    def run_round(self, now, settings, folder, *, reuse):
+        """Carry out an agenda as Ray Tune would with one worker."""
+        self.settings, self.agenda, errors = settings, now.agenda, []
+        self.rounds.append([])
+        while True:
+            task = now.agenda.next()
+            if task is None:
+                while not now.refill():
+                    now.check()
+                task = now.agenda.next()
+            if task is None:
+                return errors
+            self.rounds[-1].append(task)
+            result = {"key": task.key, "outcome": "vanished"}
             try:
                 self.before_task(task)
-                check()
-                take(execute(task.key, settings, task.slot))
+                now.check()
+                result = execute(task.key, settings, task.slot)
             except Exception as error:
                 errors.append(f"{type(error).__name__}: {error}")
-        return errors
+            now.agenda.ended(task.key, started=result["outcome"] != "vanished")
+            now.take(result)
 
     def launch(self, grid, **options):
         chosen = {"cpus": 2, "gpus": 0, "poll_seconds": 0.02, **options}

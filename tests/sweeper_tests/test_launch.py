@@ -9,13 +9,14 @@ import pytest
 
 from bench.chaos import violations
 from db import query
-from db.errors import DataError, LaunchError, SpecError
+from db.errors import DataError, LaunchError, SpecError, StoreError
 from db.planning import SweepView, end_attempts
 from db.spec import AttemptStatus, RunStatus
 from db.store import RunStore
 from sweeper.launch import default_spool_dir
 from sweeper.plan import SHARED_OUT_OF_MEMORY, RetryLimits
-from sweeper.worker import WorkerSettings, describe_worker
+from sweeper.session import Node
+from sweeper.worker import WorkerSettings, describe_worker, execute
 
 GRID = "dataset: toy\nseeds: {}\n"
 
@@ -141,6 +142,16 @@ def test_runs_that_did_not_fit_are_tried_again_on_a_larger_device(planner):
     assert planner.launch(grid, retry_out_of_memory=True).snapshot.counts == {"done": 1}
 
 
+def test_what_did_not_fit_on_a_smaller_device_proves_nothing_here(planner, monkeypatch):
+    planner.behave(out_of_memory_from=64)
+    monkeypatch.setattr("sweeper.worker.device_class", lambda device: ("small", 2**30))
+    grid = "dataset: toy\nresources: {{cpus: 2}}\nbatch_size: {}\n"
+    assert planner.launch(grid.format(64)).snapshot.counts == {"out_of_memory": 1}
+    planner.behave()
+    counts = planner.launch(grid.format("[64, 128, 256]")).snapshot.counts
+    assert counts == {"out_of_memory": 1, "done": 2}
+
+
 def test_no_prune_tries_every_point(planner):
     planner.behave(out_of_memory_from=64)
     planner.before_task = lambda task: time.sleep(0.1)
@@ -150,16 +161,17 @@ def test_no_prune_tries_every_point(planner):
 
 def test_a_round_that_ray_ends_early_is_taken_up_again(planner):
     """The memory monitor of Ray makes `Tuner.fit` raise whatever max_failures says."""
-    original, calls = planner.run_tasks, []
+    calls = []
 
-    def run_tasks(tasks, settings, folder, take, check, **how):
-        calls.append(len(tasks))
+    def run_round(now, settings, folder, *, reuse):
+        calls.append(len(now.agenda.waiting))
         if len(calls) == 1:
-            original(tasks[:1], settings, folder, take, check, **how)
+            task = now.agenda.next()
+            execute(task.key, settings, task.slot)
             raise RuntimeError("Caught unexpected exception: OutOfMemoryError")
-        return original(tasks, settings, folder, take, check, **how)
+        return planner.run_round(now, settings, folder, reuse=reuse)
 
-    sys.modules["sweeper.tuning"].run_tasks = run_tasks
+    sys.modules["sweeper.tuning"].run_round = run_round
     outcome = planner.launch(GRID.format(3))
     assert outcome.snapshot.counts == {"done": 3}
     assert calls == [3, 2]
@@ -178,7 +190,7 @@ def test_workers_that_cannot_start_end_the_launch(planner):
 
 def test_stop_lets_running_points_finish(planner):
     def ask(task):
-        if task is planner.rounds[0][1]:
+        if len(planner.rounds[0]) == 2:
             SweepView(planner.url, "toy").request_stop()
 
     planner.before_task = ask
@@ -193,7 +205,7 @@ def test_stop_lets_running_points_finish(planner):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_frees_the_runs_at_once(planner, number):
     def interrupt(task):
-        if task is planner.rounds[0][1]:
+        if len(planner.rounds[0]) == 2:
             RunStore(planner.url).claim(
                 task.key, describe_worker(planner.settings, task.slot), lease_seconds=600
             )
@@ -249,6 +261,28 @@ def test_time_limit_ends_a_run_as_failed(planner):
     assert len(list(planner.journal.iterdir())) == 1, "not tried again"
 
 
+def test_the_run_database_may_go_away_between_rounds(planner, monkeypatch):
+    """The planner waits; it does not take the sweep down with it."""
+    calls = []
+    original = SweepView.num_attempts
+
+    def flaky(self, launch_id):
+        calls.append(launch_id)
+        if len(calls) in (1, 2):
+            raise StoreError("the database is away")
+        return original(self, launch_id)
+
+    monkeypatch.setattr(SweepView, "num_attempts", flaky)
+    assert planner.launch(GRID.format(2)).snapshot.counts == {"done": 2}
+    monkeypatch.setattr(SweepView, "num_attempts", lambda *_: flaky_always())
+    with pytest.raises(StoreError, match="away for good"):
+        planner.launch(GRID.format(3), away_seconds=0.1)
+
+
+def flaky_always():
+    raise StoreError("away for good")
+
+
 def test_too_many_negatives_are_refused_before_anything_starts(planner):
     grid = "dataset: toy\nloss: ce_minus\nnum_negatives: 4096\n"
     with pytest.raises(
@@ -282,7 +316,7 @@ def test_sqlite_is_refused_for_a_cluster(planner):
 
 def test_cluster_gpus_are_those_of_the_largest_node(planner, databases):
     planner.url = databases.postgres()
-    planner.nodes = ((4.0, 0.0), (8.0, 2.0))
+    planner.nodes = (Node(4.0, 0.0), Node(8.0, 2.0))
     with pytest.raises(LaunchError, match=r"gpus=4 but the cluster's largest node has 2"):
         planner.launch("dataset: toy\nresources: {gpus: 4}\n", address="head:6379")
 

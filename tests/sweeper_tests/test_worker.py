@@ -4,11 +4,13 @@ import pytest
 
 from bench.chaos import violations
 from db import query
-from db.spec import RunSpec
+from db.errors import StoreError
+from db.measures import RunResult
+from db.spec import RunSpec, RunStatus
 from db.store import PlannedRun, RunStore
 from sweeper import worker
 from sweeper.launch import dataset_record
-from sweeper.plan import Slot
+from sweeper.plan import SHARED_OUT_OF_MEMORY, Slot
 from sweeper.worker import WorkerSettings, execute
 from trainer.data.dataset import load_dataset
 
@@ -102,3 +104,45 @@ def test_finished_run_is_not_executed_again(planned, trained_steps):
     before = len(trained_steps)
     assert execute(run.key, settings, Slot(1, 0)) == {"key": run.key, "outcome": "elsewhere"}
     assert len(trained_steps) == before
+
+
+def test_a_worker_waits_for_a_database_that_is_away(planned, monkeypatch):
+    run, settings = planned
+    calls = []
+    original = RunStore.claim
+
+    def claim(self, key, info, **how):
+        calls.append(key)
+        if len(calls) < 3:
+            raise StoreError("away")
+        return original(self, key, info, **how)
+
+    monkeypatch.setattr(RunStore, "claim", claim)
+    assert execute(run.key, settings, Slot(1, 0))["outcome"] == "done"
+    calls.clear()
+    impatient = dataclasses.replace(settings, patience_seconds=0.1)
+    with pytest.raises(StoreError, match="away"):
+        execute(run.key, impatient, Slot(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("slot", "status"),
+    [
+        (Slot(1, 0, whole=False), "error"),
+        (Slot(1, 0, whole=True, largest=False), "error"),
+        (Slot(1, 0, whole=True), "out_of_memory"),
+    ],
+)
+def test_out_of_memory_is_a_result_only_where_no_more_can_be_had(
+    planned, slot, status, monkeypatch
+):
+    run, settings = planned
+    result = RunResult(
+        status=RunStatus.OUT_OF_MEMORY, num_steps=0, num_epochs=0, best_step=None,
+        num_parameters=1, requested_bytes=2, allocated_bytes=1, total_bytes=2,
+    )  # fmt: skip
+    monkeypatch.setattr(worker, "_load_trainer", lambda name: lambda *a, **k: result)
+    execute(run.key, settings, slot)
+    rows = query.rows(settings.database, "select status, error_class from attempts")
+    assert rows[0]["status"] == status
+    assert (rows[0]["error_class"] == SHARED_OUT_OF_MEMORY) == (status == "error")
