@@ -1,6 +1,5 @@
 """Trains one run of a sweep: plain torch, every step measured, every stop with a reason."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -8,30 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from db.measures import Recorder, RunResult, StepRecord
 from db.spec import RunSpec, RunStatus, run_key
+from trainer.assembly import assemble
 from trainer.checkpoint import Checkpoint, CheckpointFile
-from trainer.data.batches import PackedBatch, PackedSequences, TrainingBatches, item_tensor
+from trainer.data.batches import IntArray
 from trainer.device import check_device, memory_shortage, warm_up
-from trainer.evaluation import Evaluator, metric_frame
+from trainer.evaluation import Evaluator
 from trainer.gradients import gradient_histograms
-from trainer.losses import make_loss
-from trainer.models.build import build_model
 from trainer.models.network import Predictions, SequenceModel
-from trainer.optimizers import make_optimizer
 from trainer.outcome import Progress
 from trainer.probe import MemoryProbe, release_memory, synchronise
 from trainer.ranking import DEFAULT_BUDGET
-from trainer.seeds import derive
+from trainer.step import TrainingStep
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Dataset
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingInterrupted(Exception):
@@ -48,6 +42,8 @@ class TrainOptions:
         Report every so many steps.
     evaluation_budget_bytes : int
         Bytes of scores that an evaluation holds at once.
+    micro_batch_size : int, optional
+        Users per forward and backward pass, see `TrainingStep`; null is the whole batch.
     checkpoint_dir : Path, optional
         Folder for the checkpoint of the run. One that is there is resumed from; it is removed
         when the run ends.
@@ -64,6 +60,7 @@ class TrainOptions:
 
     step_rows_every: int = 1
     evaluation_budget_bytes: int = DEFAULT_BUDGET
+    micro_batch_size: int | None = None
     checkpoint_dir: Path | None = None
     checkpoint_minutes: float = 10.0
     histograms_every: int | None = None
@@ -167,27 +164,21 @@ class _Run:
         self, dataset: "Dataset", initialise: Callable[[SequenceModel], object] | None
     ) -> None:
         """Set up data, model, loss and optimizer."""
-        spec = self._spec
-        counts = torch.from_numpy(np.array(dataset.item_counts)).to(self._device)
-        self._loss = make_loss(spec, dataset.num_items, counts)
-        items = item_tensor(dataset.items, self._device)
-        self._batches = training_batches(spec, items, dataset)
-        self._validation = evaluator(spec, items, dataset, "validation", self._options)
-        self._test = evaluator(spec, items, dataset, "test", self._options)
-        self._model = build_model(spec, dataset.num_items).to(self._device)
-        generator = torch.Generator(self._device).manual_seed(derive(spec.seed, "weights"))
-        self._model.reset_parameters(generator)
+        spec, options = self._spec, self._options
+        self._parts = assemble(
+            spec,
+            dataset,
+            self._device,
+            evaluation_budget_bytes=options.evaluation_budget_bytes,
+        )
+        self._model = self._parts.model
         if initialise is not None:
             initialise(self._model)
-        self._parameters = list(self._model.parameters())
-        self._num_parameters = sum(p.numel() for p in self._parameters)
-        self._optimizer = make_optimizer(
-            spec.optimizer, self._parameters, item_tables(self._model), spec.learning_rate
-        )
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=spec.precision == "fp16")
-        if self._options.checkpoint_dir is not None:
+        self._num_parameters = self._parts.num_parameters
+        self._take_step = TrainingStep(spec, self._parts, micro_batch_size=options.micro_batch_size)
+        if options.checkpoint_dir is not None:
             key = run_key(spec, dataset.fingerprint)
-            self._file = CheckpointFile(self._options.checkpoint_dir, key)
+            self._file = CheckpointFile(options.checkpoint_dir, key)
             self._resume(self._file.load(self._device))
 
     def train(self) -> RunResult:
@@ -203,7 +194,7 @@ class _Run:
         if self._best:
             self._model.load_state_dict(self._best)
         step = self._progress.best_step
-        records = self._evaluate(self._test, self._progress.step if step is None else step)
+        records = self._evaluate(self._parts.test, self._progress.step if step is None else step)
         result = self.result(RunStatus.DONE, stop_reason=reason, test=records)
         if self._options.on_trained is not None:
             self._options.on_trained(self._model, result)
@@ -225,7 +216,7 @@ class _Run:
 
     def close(self) -> None:
         """Drop what takes memory, so that the next run of the process starts from nothing."""
-        for name in ("_model", "_optimizer", "_parameters", "_batches", "_validation", "_test"):
+        for name in ("_model", "_parts", "_take_step"):
             self.__dict__.pop(name, None)
         self._best = {}
 
@@ -233,8 +224,8 @@ class _Run:
         spec, progress = self._spec, self._progress
         every = spec.evaluate_every_steps
         while progress.epoch < spec.max_epochs:
-            for batch in self._batches.epoch(progress.epoch, progress.batch):
-                if not self._step(batch):
+            for users in self._parts.batches.epoch_users(progress.epoch, progress.batch):
+                if not self._step(users):
                     return "diverged"
                 progress.batch += 1
                 if every and progress.step % every == 0 and self._validate():
@@ -255,8 +246,8 @@ class _Run:
             self._file.save(
                 Checkpoint(
                     self._model.state_dict(),
-                    self._optimizer.state_dict(),
-                    self._scaler.state_dict(),
+                    self._parts.optimizer.state_dict(),
+                    self._parts.scaler.state_dict(),
                     self._best,
                     self._progress,
                 )
@@ -269,61 +260,42 @@ class _Run:
         if checkpoint is None:
             return
         self._model.load_state_dict(checkpoint.model)
-        self._optimizer.load_state_dict(checkpoint.optimizer)
-        self._scaler.load_state_dict(checkpoint.scaler)
+        self._parts.optimizer.load_state_dict(checkpoint.optimizer)
+        self._parts.scaler.load_state_dict(checkpoint.scaler)
         self._progress = checkpoint.progress
         if checkpoint.best:
             self._hold_best(checkpoint.best)
 
-    def _step(self, batch: PackedBatch) -> bool:
+    def _step(self, users: IntArray) -> bool:
         """One optimizer step; whether loss and gradient were finite."""
-        spec, progress, device = self._spec, self._progress, self._device
+        progress, device = self._progress, self._device
         self._probe.reset_peak()
         synchronise(device)
         begin = time.perf_counter()
-        torch.manual_seed(derive(spec.seed, "dropout", progress.step))
-        with self._autocast():
-            made = self._model.predictions(batch, derive(spec.seed, "masks", progress.step))
-            loss = self._loss(
-                made, self._model.output_weight, self._model.output_bias, progress.step
-            )
-        torch.autograd.backward(self._scaler.scale(loss))
-        self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self._parameters if p.grad is not None]
-        )
-        loss_value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()
-        finite = math.isfinite(loss_value) and (
-            math.isfinite(norm_value) or self._scaler.is_enabled()
-        )
-        if not finite:
+        outcome = self._take_step(users, progress.step)
+        if not outcome.finite:
             return False
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        weight_grad = self._model.output_weight.grad
-        self._optimizer.zero_grad(set_to_none=True)
-        every = self._options.histograms_every
-        if not every or progress.step % every:
-            weight_grad = None
         synchronise(device)
         seconds = time.perf_counter() - begin
         memory = self._probe.read()
-        if weight_grad is not None:
-            self._record_histograms(made, weight_grad)
+        every = self._options.histograms_every
+        if every and progress.step % every == 0 and outcome.weight_grad is not None:
+            self._record_histograms(outcome.made, outcome.weight_grad)
         progress.step_seconds.append(seconds)
-        progress.tokens.append(batch.num_tokens)
-        progress.epoch_losses.append(loss_value)
+        progress.tokens.append(outcome.num_tokens)
+        progress.epoch_losses.append(outcome.loss)
         progress.peak_train_bytes = max(progress.peak_train_bytes, memory.peak)
         if progress.step % self._options.step_rows_every == 0:
+            norm = outcome.gradient_norm
             self._recorder.step(
                 StepRecord(
                     step=progress.step,
                     epoch=progress.epoch,
-                    loss=loss_value,
-                    gradient_norm=norm_value if math.isfinite(norm_value) else None,
-                    learning_rate=spec.learning_rate,
+                    loss=outcome.loss,
+                    gradient_norm=norm if math.isfinite(norm) else None,
+                    learning_rate=self._spec.learning_rate,
                     step_seconds=seconds,
-                    tokens=batch.num_tokens,
+                    tokens=outcome.num_tokens,
                     allocated_bytes=memory.allocated,
                     reserved_bytes=memory.reserved,
                     peak_bytes=memory.peak,
@@ -347,7 +319,7 @@ class _Run:
 
     def _validate(self) -> bool:
         """Validate, keep the weights if they are the best; whether patience is at its end."""
-        records = self._evaluate(self._validation, self._progress.step)
+        records = self._evaluate(self._parts.validation, self._progress.step)
         if self._progress.take_validation(records):
             self._keep_best()
         return self._progress.validations_since_best >= self._spec.patience
@@ -380,51 +352,3 @@ class _Run:
         self._recorder.evaluation(records)
         release_memory(self._device)
         return records
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = _AUTOCAST.get(self._spec.precision or "fp32")
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype)
-
-
-def item_tables(model: SequenceModel) -> list[torch.nn.Parameter]:
-    """Parameters of a model with one vector per item."""
-    num_items = len(model.output_weight)
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 2 and len(parameter) == num_items and "position" not in name
-    ]
-
-
-def training_batches(spec: RunSpec, items: Tensor, dataset: "Dataset") -> TrainingBatches:
-    """Training batches as the spec asks for them, gathered from `items`."""
-    next_items = spec.model == "sasrec"
-    sequences = PackedSequences(
-        items, dataset.train, max_seq_len=spec.max_seq_len, next_items=next_items
-    )
-    padded = spec.predict_first_item or spec.count_padding
-    return TrainingBatches(
-        sequences,
-        batch_size=spec.batch_size,
-        min_tokens=0 if padded else 1,
-        seed=spec.seed,
-    )
-
-
-def evaluator(
-    spec: RunSpec, items: Tensor, dataset: "Dataset", split: Any, options: TrainOptions
-) -> Evaluator:
-    """Evaluation of a split as the spec asks for it."""
-    validation = split == "validation"
-    return Evaluator(
-        items,
-        dataset.validation if validation else dataset.test,
-        split=split,
-        frame=metric_frame(dataset, spec.metric_frame, split),
-        max_seq_len=spec.max_seq_len,
-        mask_seen=spec.mask_seen,
-        budget_bytes=options.evaluation_budget_bytes,
-        max_users=spec.max_validation_users if validation else None,
-    )

@@ -16,12 +16,12 @@ from sweeper.cli.options import (
     print_rows,
 )
 from sweeper.cli.train import (
-    Progress,
     choose_device,
     find_dataset,
     spec_from_options,
     with_spec_options,
 )
+from sweeper.cli.train_display import Progress
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Dataset
@@ -78,12 +78,12 @@ def baseline_rows(spec: RunSpec, dataset: "Dataset") -> list[dict[str, Any]]:
     """
     import torch
 
+    from trainer.assembly import evaluator
     from trainer.baselines import last_item_markov, most_popular
     from trainer.data.batches import item_tensor
-    from trainer.loop import TrainOptions, evaluator
 
     items = item_tensor(dataset.items, torch.device("cpu"))
-    test = evaluator(spec, items, dataset, "test", TrainOptions())
+    test = evaluator(spec, items, dataset, "test")
     scorers = {
         "most popular": most_popular(dataset),
         "last-item Markov": last_item_markov(dataset, dataset.test),

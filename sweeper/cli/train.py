@@ -4,7 +4,6 @@ import ast
 import inspect
 import sys
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,16 +13,10 @@ from db.errors import DataError, LostLeaseError, SpecError, SrsweepError
 from db.measures import (
     MEASURES,
     METRICS,
-    SELECTION_K,
-    SELECTION_METRIC,
-    EvaluationRecord,
-    HistogramRecord,
-    Recorder,
     RunResult,
-    StepRecord,
     metric_column,
 )
-from db.spec import RunSpec, RunStatus, field_docs, field_types, paper_profile, suggestion
+from db.spec import RunSpec, RunStatus, field_docs, field_types, paper_profile
 from sweeper.cli.options import (
     DEFAULT_DATA_DIR,
     CsvOption,
@@ -34,21 +27,22 @@ from sweeper.cli.options import (
     output_format,
     print_rows,
 )
+from sweeper.cli.profile import show_profile
+from sweeper.cli.train_display import BothRecorders, Progress
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Dataset
 
 SHOWN_KS = (1, 5, 10, 20, 100)
 _SWEEP = "train"
-_PROFILES = ("clean", "paper")
 
 
 def train_command(
     data_dir: DataDirOption = DEFAULT_DATA_DIR,
-    profile: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="clean, or paper: the oddities of the paper's code."),
-    ] = "clean",
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Start from the oddities of the paper's code, not without."),
+    ] = False,
     device: Annotated[
         str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")
     ] = "auto",
@@ -78,6 +72,22 @@ def train_command(
             "--from", metavar="FOLDER", help="Start from an exported model; new items are added."
         ),
     ] = None,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Users per forward and backward pass; gradients add up."
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Take a few steps only, and say what takes their memory and time."
+        ),
+    ] = False,
+    profile_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="With --profile: write its picture and CSV here."),
+    ] = None,
     json: JsonOption = False,
     csv: CsvOption = False,
     **fields: Any,
@@ -91,16 +101,25 @@ def train_command(
     --------
         srsweep train --dataset movietweetings --embedding-dim 64 --max-seq-len 64
         srsweep train --dataset data/ml-1m --loss cce_minus --num-negatives 255 --device cuda
-        srsweep train --dataset movietweetings --profile paper --loss cce --db sqlite:///srsweep.db
+        srsweep train --dataset movietweetings --paper --loss cce --db sqlite:///srsweep.db
+        srsweep train --dataset movietweetings --batch-size 512 --profile --profile-dir profiles
         srsweep train --dataset ml-2026-11 --from served/ml-2026-10 --max-epochs 3
     """
     shown = output_format(json, csv)
     dataset = find_dataset(fields.pop("dataset"), data_dir)
-    spec = spec_from_options(dataset.name, fields, profile)
-    from trainer.loop import TrainOptions, train
-
+    spec = spec_from_options(dataset.name, fields, paper=paper)
     device = choose_device(device)
     spec = spec.resolved(device.partition(":")[0])
+    if profile or profile_dir is not None:
+        show_profile(spec, dataset, device, micro_batch_size, profile_dir, shown)
+        return
+    from trainer.loop import TrainOptions, train
+
+    if db is not None and micro_batch_size is not None:
+        raise SpecError(
+            "--micro-batch-size cannot go with --db: the database compares the memory of runs by "
+            "their settings, and this is none of them; leave one out"
+        )
     initialise = None
     if from_model is not None:
         if db is not None:
@@ -114,6 +133,7 @@ def train_command(
     options = TrainOptions(
         step_rows_every=step_rows_every,
         histograms_every=histograms_every,
+        micro_batch_size=micro_batch_size,
         checkpoint_dir=checkpoint_dir,
         checkpoint_minutes=checkpoint_minutes,
         on_trained=_keeper(keep_model, spec, dataset) if keep_model else None,
@@ -193,7 +213,7 @@ def _metavar(kind: Any) -> str:
     return "|".join(parts)
 
 
-def spec_from_options(dataset: str, fields: dict[str, Any], profile: str = "clean") -> RunSpec:
+def spec_from_options(dataset: str, fields: dict[str, Any], *, paper: bool = False) -> RunSpec:
     """Run spec from what was typed.
 
     Parameters
@@ -202,23 +222,21 @@ def spec_from_options(dataset: str, fields: dict[str, Any], profile: str = "clea
         Name of the dataset.
     fields : dict
         Field name to text, or to a bool for flags; None where nothing was typed.
-    profile : {"clean", "paper"}
-        What the fields that were not typed default to.
+    paper : bool
+        Whether fields that were not typed follow the paper's code (`db.spec.paper_profile`).
 
     Raises
     ------
     SpecError
         A value that its field cannot take.
     """
-    if profile not in _PROFILES:
-        raise SpecError(f"profile={profile!r} is unknown{suggestion(profile, _PROFILES)}")
     typed = {
         name: value if isinstance(value, bool) else _parse(name, value)
         for name, value in fields.items()
         if value is not None
     }
     defaults: dict[str, Any] = {}
-    if profile == "paper":
+    if paper:
         defaults = paper_profile(
             str(typed.get("model", RunSpec.model)), str(typed.get("loss", RunSpec.loss))
         )
@@ -283,81 +301,6 @@ def choose_device(name: str) -> str:
     return name
 
 
-class Progress:
-    """Recorder that draws a bar on a terminal and a line per validation elsewhere."""
-
-    def __init__(self, spec: RunSpec, num_users: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
-        self._console = Console(stderr=True)
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[shown]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        total = -(-num_users // spec.batch_size) * spec.max_epochs
-        self._task = self._bar.add_task("training", total=total, shown="")
-        self._last_loss = float("nan")
-        self._best = 0.0
-
-    def __enter__(self) -> "Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def step(self, record: StepRecord) -> None:
-        """Move the bar."""
-        self._last_loss = record.loss
-        shown = f"loss {record.loss:.4f}, best NDCG@10 {self._best:.4f}"
-        self._bar.update(self._task, completed=record.step + 1, shown=shown)
-
-    def evaluation(self, records: Sequence[EvaluationRecord]) -> None:
-        """Show NDCG@10 of a validation."""
-        for record in records:
-            if (record.metric, record.k) != (SELECTION_METRIC, SELECTION_K):
-                continue
-            value = record.value or 0.0
-            if record.split == "validation":
-                self._best = max(self._best, value)
-            if not self._console.is_terminal:
-                print(
-                    f"step {record.step}, epoch {record.epoch}: loss {self._last_loss:.4f}, "
-                    f"{record.split} NDCG@10 {value:.4f} +- {record.standard_error or 0.0:.4f}",
-                    file=sys.stderr,
-                )
-
-    def histogram(self, record: HistogramRecord) -> None:
-        """Show nothing."""
-
-
-class _Both:
-    """Passes every record on to two recorders."""
-
-    def __init__(self, first: Recorder, second: Recorder) -> None:
-        self._recorders = (first, second)
-
-    def step(self, record: StepRecord) -> None:
-        for recorder in self._recorders:
-            recorder.step(record)
-
-    def evaluation(self, records: Sequence[EvaluationRecord]) -> None:
-        for recorder in self._recorders:
-            recorder.evaluation(records)
-
-    def histogram(self, record: HistogramRecord) -> None:
-        for recorder in self._recorders:
-            recorder.histogram(record)
-
-
 def _train_recorded(
     spec: RunSpec, dataset: "Dataset", display: Progress, device: str, options: Any, url: str
 ) -> RunResult:
@@ -392,7 +335,7 @@ def _train_recorded(
         )
     with store.writer(claim, spool_dir=default_spool_dir(url)) as writer:
         try:
-            result = train(spec, dataset, _Both(writer, display), device, options=options)
+            result = train(spec, dataset, BothRecorders(writer, display), device, options=options)
         except LostLeaseError:
             raise
         except (KeyboardInterrupt, SystemExit):

@@ -138,7 +138,9 @@ def test_records_what_it_printed_once(capsys, data_dir, tmp_path):
     code, out, _ = shown(capsys, *arguments, "--json")
     assert code == 0
     (printed,) = json.loads(out)
-    (stored,) = rows(url, "select status, num_steps from runs join run_summary on run_id = runs.id")
+    (stored,) = rows(
+        url, "select runs.status, num_steps from runs join run_summary on run_id = runs.id"
+    )
     assert stored == {"status": "done", "num_steps": printed["num_steps"]}
     (steps,) = rows(url, "select count(*) as n from steps")
     assert steps["n"] == printed["num_steps"]

@@ -8,7 +8,7 @@ from conftest import ListRecorder, make_dataset
 from db.errors import DataError, LostLeaseError, SpecError
 from db.measures import KS, METRICS
 from db.spec import RunSpec, RunStatus, run_key
-from trainer import loop
+from trainer import assembly
 from trainer.checkpoint import CheckpointFile
 from trainer.device import check_device, memory_shortage
 from trainer.loop import TrainingInterrupted, TrainOptions, train
@@ -107,12 +107,11 @@ def test_validation_sample_is_the_same_for_all_seeds(dataset):
         counts.append({r.num_users for r in recorder.evaluations if r.split == "validation"})
     assert counts == [{7}, {7}]
     samples = [
-        loop.evaluator(
+        assembly.evaluator(
             dataclasses.replace(SPEC, max_validation_users=7, seed=seed),
             torch.from_numpy(big.items),
             big,
             "validation",
-            TrainOptions(),
         )._users.tolist()
         for seed in (1, 2)
     ]
@@ -172,7 +171,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory(dataset, monkeypatch):
     def fail(*_):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(loop, "make_loss", fail)
+    monkeypatch.setattr(assembly, "make_loss", fail)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run(dataset)
 

@@ -209,8 +209,8 @@ class TrainingBatches:
     def __len__(self) -> int:
         return math.ceil(len(self._users) / self._batch_size)
 
-    def epoch(self, number: int, first_batch: int = 0) -> Iterator[PackedBatch]:
-        """Batches of an epoch, from one of them on.
+    def epoch_users(self, number: int, first_batch: int = 0) -> Iterator[IntArray]:
+        """Users of each batch of an epoch, from one batch on.
 
         Parameters
         ----------
@@ -222,4 +222,12 @@ class TrainingBatches:
         generator = np.random.default_rng(derive(self._seed, "order", number))
         order = generator.permutation(self._users)
         for begin in range(first_batch * self._batch_size, len(order), self._batch_size):
-            yield self._sequences.batch(order[begin : begin + self._batch_size])
+            yield order[begin : begin + self._batch_size]
+
+    def pack(self, users: IntArray) -> PackedBatch:
+        """Batch of some users."""
+        return self._sequences.batch(users)
+
+    def epoch(self, number: int, first_batch: int = 0) -> Iterator[PackedBatch]:
+        """Batches of an epoch; see `epoch_users`."""
+        return map(self.pack, self.epoch_users(number, first_batch))

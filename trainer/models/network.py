@@ -25,6 +25,11 @@ class Predictions:
     targets: Tensor
     weight: Tensor | None = None
 
+    @property
+    def total_weight(self) -> float:
+        """Targets that the rows stand for together."""
+        return float(len(self.targets)) if self.weight is None else float(self.weight.sum())
+
 
 class SequenceModel(nn.Module, abc.ABC):
     """A network whose scores are hidden states times item vectors."""
