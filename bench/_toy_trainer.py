@@ -7,6 +7,7 @@ behaves stands as JSON in the variable SRSWEEP_TOY (see `Behaviour`).
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -39,6 +40,8 @@ class Behaviour:
     """Seeds whose worker gets SIGKILL in the first execution."""
     killed_always: tuple[int, ...] = ()
     """Seeds whose worker gets SIGKILL in every execution."""
+    extended_while: str | None = None
+    """A run does not end while this file exists: it takes further steps."""
     stalled: tuple[int, ...] = ()
     """Seeds that report nothing after their third step, for an hour."""
 
@@ -106,13 +109,15 @@ def _train(spec: RunSpec, recorder: Recorder, toy: Behaviour, journal: Journal) 
             allocated_bytes=2**30,
             total_bytes=2**31,
         )
-    for step in range(toy.steps):
-        journal.write(f"step {step}")
+    for step in itertools.count():
+        if step >= toy.steps and not (toy.extended_while and Path(toy.extended_while).exists()):
+            break
+        journal.write(f"step {step} {time.time():.3f}")
         recorder.step(
             StepRecord(step, 0, 1.0 / (step + 1), 1.0, 1e-3, toy.step_seconds, 10, 100, None, 100)
         )
         if (step + 1) % toy.evaluate_every == 0:
-            value = (step + 1) / toy.steps / (1 + spec.seed)
+            value = min(1.0, (step + 1) / toy.steps) / (1 + spec.seed)
             recorder.evaluation(
                 [EvaluationRecord(step + 1, 0, "validation", "ndcg", 10, value, 0.01, 5)]
             )
@@ -122,9 +127,9 @@ def _train(spec: RunSpec, recorder: Recorder, toy: Behaviour, journal: Journal) 
     journal.write("end")
     return RunResult(
         status=RunStatus.DONE,
-        num_steps=toy.steps,
+        num_steps=step,
         num_epochs=1,
-        best_step=toy.steps,
+        best_step=step,
         num_parameters=1,
         test={"ndcg_at_10": 1.0 / (1 + spec.seed)},
         validation={"ndcg_at_10": 1.0 / (1 + spec.seed)},
@@ -149,6 +154,7 @@ def main(words: list[str]) -> int:
     """Launch a grid with the toy trainer."""
     from sweeper.grid import load_grid
     from sweeper.launch import LaunchOptions, launch
+    from sweeper.plan import RetryLimits
     from sweeper.progress import PlainDisplay
 
     parser = argparse.ArgumentParser()
@@ -159,6 +165,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--address")
     parser.add_argument("--cpus", type=float, default=2)
     parser.add_argument("--gpus", type=float, default=0)
+    parser.add_argument("--spool-dir", type=Path)
+    parser.add_argument("--retries", type=int, default=3)
     parser.add_argument("--stall-seconds", type=float, default=1800.0)
     asked = parser.parse_args(words)
     options = LaunchOptions(
@@ -170,6 +178,8 @@ def main(words: list[str]) -> int:
         lease_seconds=asked.lease_seconds,
         poll_seconds=0.5,
         stall_seconds=asked.stall_seconds,
+        retries=RetryLimits(lost=asked.retries),
+        spool_dir=asked.spool_dir,
         trainer="bench._toy_trainer:train",
     )
     outcome = launch(load_grid(asked.grid), options, PlainDisplay())

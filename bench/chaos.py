@@ -1,29 +1,37 @@
 """`python -m bench chaos --points N --kills K`: nothing lost, nothing run twice.
 
-Launches a grid with the toy trainer and kills drivers and workers at random moments until it is
-done; then holds the database against the invariants below, in SQL, and against the journals that
+Launches a grid with the toy trainer, kills drivers and workers at random moments, freezes workers
+past their lease, takes the database away for a while, and goes on until the grid is done; then
+holds the database against the invariants below, in SQL, and against the journals that
 the toy wrote for itself. Prints no figure when one is broken.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from bench import measure
 from bench._toy_trainer import Behaviour
 from db import query
-from db.connect import sqlite_path
-from db.planning import SweepView
+from db.planning import RunningAttempt, SweepView
 from sweeper.device import process_is_alive
+
+if TYPE_CHECKING:
+    from bench.postgres import PostgresServer
 
 INVARIANTS = {
     "a run of the sweep is not final": """
@@ -52,6 +60,22 @@ INVARIANTS = {
 """What must never be found -> a query that finds it."""
 
 
+LOSSES = {
+    "lost": "select 1 from runs where status <> 'done'",
+    "twice": """
+        select run_id from attempts where status = 'done' group by run_id having count(*) > 1""",
+    "missing steps": """
+        select m.run_id from run_summary m join attempts a on a.id = m.attempt_id
+        where m.num_steps <> (
+          select count(distinct s.step) from steps s
+          where s.attempt_id = a.id and s.step between 0 and m.num_steps - 1)""",
+}
+"""What the kills may have cost -> a query with one row for each."""
+MUST_BE_ZERO = (*LOSSES, "fenced rows")
+KINDS = ("driver kills", "worker kills", "freezes")
+STEPS = 40
+
+
 def violations(url: str, spool_dir: Path | None = None) -> list[str]:
     """Broken invariants of a finished sweep, one line each."""
     found = []
@@ -64,7 +88,7 @@ def violations(url: str, spool_dir: Path | None = None) -> list[str]:
     return found
 
 
-def journal_violations(url: str, journal: Path, steps: int) -> list[str]:
+def journal_violations(url: str, journal: Path) -> list[str]:
     """Differences between what the database holds and what was really executed."""
     ended: Counter[int] = Counter()
     for path in journal.iterdir():
@@ -80,48 +104,174 @@ def journal_violations(url: str, journal: Path, steps: int) -> list[str]:
     return found
 
 
-def run_chaos(
-    url: str, folder: Path, points: int, kills: int, *, seed: int = 0, limit_seconds: float = 3600
-) -> dict[str, float]:
-    """Launch, kill, launch again until the sweep is final; figures of what happened.
+class Chaos:
+    """A sweep of toy runs and what is done to it.
 
     Parameters
     ----------
     url : str
         Empty run database.
     folder : Path
-        For the grid, the dataset and the journals.
+        For the grid, the dataset, the journals and the spool.
     points, kills : int
-        Runs of the grid, and SIGKILLs sent to workers and drivers.
+        Runs of the grid; SIGKILLs of workers and drivers and freezes of workers past their lease.
     seed : int
         Of the moments and victims.
-    limit_seconds : float
-        Give up after so long.
     """
-    make_dataset(folder / "data" / "toy")
-    grid = folder / "chaos.yaml"
-    grid.write_text(f"sweep: chaos\ndataset: toy\nseeds: {points}\n")
-    toy = Behaviour(journal=str(folder / "journal"), steps=40, step_seconds=0.02)
-    rng = random.Random(seed)
-    counts: Counter[str] = Counter()
-    began = time.monotonic()
-    driver = _start(grid, url, folder, toy)
-    try:
-        while time.monotonic() - began < limit_seconds:
-            time.sleep(rng.uniform(0.3, 1.5))
-            if driver.poll() is not None:
-                counts["launches"] += 1
-                if driver.returncode == 0:
-                    break
-                driver = _start(grid, url, folder, toy)
-            elif sum(counts[k] for k in ("driver kills", "worker kills")) < kills:
-                _kill_someone(url, driver, rng, counts)
-    finally:
-        if driver.poll() is None:
-            driver.kill()
-            driver.wait()
-    executions = len(list((folder / "journal").iterdir()))
-    return {**counts, "executions": executions, "seconds": time.monotonic() - began}
+
+    def __init__(self, url: str, folder: Path, points: int, kills: int, *, seed: int = 0) -> None:
+        self.url, self.folder, self.kills = url, folder, kills
+        self.counts: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._frozen: dict[int, tuple[int, float]] = {}
+        self._rows_when_lost: dict[int, int] = {}
+        self._outage: tuple[float, float] | None = None
+        make_dataset(folder / "data" / "toy")
+        self._grid = folder / "chaos.yaml"
+        self._grid.write_text(f"sweep: chaos\ndataset: toy\nseeds: {points}\n")
+        self._toy = Behaviour(
+            journal=str(folder / "journal"), steps=STEPS, step_seconds=0.05,
+            extended_while=str(folder / "away"),
+        )  # fmt: skip
+
+    def run(
+        self, away: "contextlib.AbstractContextManager[object] | None", away_seconds: float,
+        *, limit_seconds: float = 3600,
+    ) -> dict[str, float]:  # fmt: skip
+        """Launch, kill, launch again until the sweep is final; figures of what happened.
+
+        Parameters
+        ----------
+        away : context manager, optional
+            The database cannot be used inside it; entered once, in mid-sweep.
+        away_seconds : float
+            How long.
+        limit_seconds : float
+            Give up after so long.
+        """
+        began = time.monotonic()
+        driver = self._start()
+        try:
+            while time.monotonic() - began < limit_seconds:
+                time.sleep(self._random.uniform(0.2, 0.8))
+                self._thaw()
+                done = sum(self.counts[kind] for kind in KINDS)
+                if driver.poll() is not None:
+                    self.counts["launches"] += 1
+                    if driver.returncode == 0:
+                        break
+                    driver = self._start()
+                elif done < self.kills:
+                    self._hurt_someone(driver)
+                due = away is not None and self._outage is None and done >= self.kills / 2
+                if due and away is not None and len(self._victims()) > 1:
+                    self._take_away(away, away_seconds)
+        finally:
+            self._thaw(now=True)
+            if driver.poll() is None:
+                driver.kill()
+                driver.wait()
+        return {**self.counts, **self._figures(), "seconds": time.monotonic() - began}
+
+    def _take_away(self, away: "contextlib.AbstractContextManager[object]", seconds: float) -> None:
+        """Take the database away while the runs under way go on training."""
+        file = Path(self._toy.extended_while or "")
+        file.touch()
+        with away:
+            start = time.time()
+            time.sleep(seconds)
+            self._outage = (start, time.time())
+        file.unlink()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        words = ["--db", self.url, "--data-dir", str(self.folder / "data"), "--retries", "99"]
+        command = [sys.executable, "-m", "bench._toy_trainer", str(self._grid), *words]
+        with (self.folder / "driver.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--spool-dir", str(self.folder / "spool")],
+                env={**os.environ, **self._toy.environment()},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _victims(self) -> list[RunningAttempt]:
+        from db.errors import StoreError
+
+        with contextlib.suppress(StoreError):
+            running = SweepView(self.url, "chaos").running_attempts()
+            return [
+                a for a in running
+                if a.pid is not None and a.pid not in self._frozen and process_is_alive(a.pid)
+            ]  # fmt: skip
+        return []
+
+    def _hurt_someone(self, driver: "subprocess.Popen[bytes]") -> None:
+        """SIGKILL the driver or a worker, or freeze a worker past its lease."""
+        victims = self._victims()
+        if not victims:
+            return
+        victim, chance = self._random.choice(victims), self._random.random()
+        assert victim.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            if chance < 0.1:
+                driver.kill()
+                driver.wait()
+                self._frozen.clear()  # the workers of a local Ray end with their driver
+                self.counts["driver kills"] += 1
+            elif chance < 0.3 and not self._frozen:
+                os.kill(victim.pid, signal.SIGSTOP)
+                self._frozen[victim.pid] = (victim.attempt_id, time.monotonic())
+                self.counts["freezes"] += 1
+            else:
+                os.kill(victim.pid, signal.SIGKILL)
+                self.counts["worker kills"] += 1
+
+    def _thaw(self, *, now: bool = False) -> None:
+        """Let frozen workers go on once their lease was lost; note what they had written."""
+        for pid, (attempt, since) in list(self._frozen.items()):
+            rows = query.rows(
+                self.url,
+                "select a.status, (select count(*) from steps s where s.attempt_id = a.id) as n "
+                "from attempts a where a.id = :id",
+                {"id": attempt},
+            )
+            lost = rows[0]["status"] != "running"
+            if lost:
+                self._rows_when_lost[attempt] = rows[0]["n"]
+            if now or (lost and time.monotonic() - since > 1):
+                del self._frozen[pid]
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def _figures(self) -> dict[str, float]:
+        """What must be zero, in SQL, and how long a training step was held up."""
+        found: dict[str, float] = {name: _count(self.url, sql) for name, sql in LOSSES.items()}
+        fenced = 0
+        for attempt, rows in self._rows_when_lost.items():
+            sql = f"select * from steps where attempt_id = {attempt:d}"
+            fenced += _count(self.url, sql) - rows
+        found["fenced rows"] = fenced
+        found["executions"] = len(list((self.folder / "journal").iterdir()))
+        if self._outage is not None:
+            found["away seconds"] = self._outage[1] - self._outage[0]
+            found["steps while away"], found["longest step while away"] = self._held_up()
+        return found
+
+    def _held_up(self) -> tuple[int, float]:
+        """Steps taken while the database was away, and the longest time between two of a run."""
+        assert self._outage is not None
+        steps, longest = 0, 0.0
+        for path in (self.folder / "journal").iterdir():
+            times = [float(x.split()[2]) for x in path.read_text().splitlines() if "step" in x]
+            inside = [t for t in times if self._outage[0] <= t <= self._outage[1]]
+            steps += len(inside)
+            longest = max([longest, *(b - a for a, b in itertools.pairwise(inside))])
+        return steps, longest
+
+
+def _count(url: str, sql: str) -> int:
+    return int(query.rows(url, f"select count(*) as n from ({sql}) t")[0]["n"])
 
 
 def make_dataset(folder: Path) -> None:
@@ -134,69 +284,67 @@ def make_dataset(folder: Path) -> None:
         prepare(GeneratedSource(options), folder)
 
 
-def _start(grid: Path, url: str, folder: Path, toy: Behaviour) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "bench._toy_trainer", str(grid), "--db", url]
-    with (folder / "driver.log").open("ab") as log:
-        return subprocess.Popen(
-            [*command, "--data-dir", str(folder / "data")],
-            env={**os.environ, **toy.environment()},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A SQLite file that another process holds for itself."""
+    connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+    try:
+        connection.execute("begin exclusive")
+        yield
+        connection.execute("rollback")
+    finally:
+        connection.close()
 
 
-def _kill_someone(
-    url: str, driver: "subprocess.Popen[bytes]", rng: random.Random, counts: Counter[str]
-) -> None:
-    """SIGKILL the driver or one of its workers, once runs are under way."""
-    from db.errors import StoreError
-
-    with contextlib.suppress(StoreError, ProcessLookupError):
-        running = SweepView(url, "chaos").running_attempts()
-        victims = [a.pid for a in running if a.pid is not None and process_is_alive(a.pid)]
-        if not victims:
-            return
-        if rng.random() < 0.2:
-            driver.kill()
-            driver.wait()
-            counts["driver kills"] += 1
-        else:
-            os.kill(rng.choice(victims), signal.SIGKILL)
-            counts["worker kills"] += 1
+@contextlib.contextmanager
+def _stopped(server: "PostgresServer") -> Iterator[None]:
+    """A server that crashed."""
+    server.stop(immediate=True)
+    yield
+    server.start()
 
 
 def main(words: list[str]) -> int:
     """Run the chaos on SQLite and on PostgreSQL."""
-    parser = argparse.ArgumentParser(prog="bench chaos")
+    parser = argparse.ArgumentParser(prog="python -m bench chaos", description=__doc__)
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--away", type=float, default=60.0, help="seconds without the database")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", choices=["sqlite", "postgres", "both"], default="both")
+    parser.add_argument("--save", action="store_true", help="append to bench/results/chaos.csv")
     asked = parser.parse_args(words)
-    broken = 0
+    rows = []
     for name in ("sqlite", "postgres") if asked.database == "both" else (asked.database,):
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-        with _database(name, folder) as url:
-            figures = run_chaos(url, folder, asked.points, asked.kills, seed=asked.seed)
-            spool = sqlite_path(url)
-            found = violations(url, Path(f"{spool}.spool") if spool else None)
-            found += journal_violations(url, folder / "journal", 40)
+        with _database(name, folder) as (url, away):
+            chaos = Chaos(url, folder, asked.points, asked.kills, seed=asked.seed)
+            figures = chaos.run(away if asked.away else None, asked.away)
+            found = violations(url, folder / "spool")
+            found += journal_violations(url, folder / "journal")
+        found += [f"{name}: {figures[name]:g}" for name in MUST_BE_ZERO if figures.get(name)]
         if found:
-            broken = 1
             print(f"{name}: BROKEN, see {folder}", *found, sep="\n  ")
-            continue
-        print(name, json.dumps({k: round(v, 1) for k, v in figures.items()}), "0 violations")
+            return 1
+        rows.append({"database": name, "points": asked.points, **figures})
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v
+                          for k, v in rows[-1].items()}), flush=True)  # fmt: skip
         shutil.rmtree(folder)
-    return broken
+    print(measure.table(rows))
+    if asked.save:
+        measure.save("chaos", rows)
+    return 0
 
 
 @contextlib.contextmanager
-def _database(name: str, folder: Path):  # type: ignore[no-untyped-def]
+def _database(
+    name: str, folder: Path
+) -> "Iterator[tuple[str, contextlib.AbstractContextManager[object]]]":
+    """An empty database, and a context in which it is away."""
     if name == "sqlite":
-        yield f"sqlite:///{folder}/chaos.db"
+        yield f"sqlite:///{folder}/chaos.db", _locked(folder / "chaos.db")
         return
     from bench.postgres import temporary_server
 
     with temporary_server() as server:
-        yield server.url()
+        yield server.url(), _stopped(server)
