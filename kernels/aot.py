@@ -5,12 +5,11 @@ kernel. Nothing is run: what a kernel costs in time only a GPU can say.
 """
 
 import argparse
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -140,23 +139,17 @@ def build(variant: Variant, arch: int) -> triton.compiler.CompiledKernel:
 
 
 def usage(variant: Variant, arch: int) -> Usage:
-    """Compile and measure a variant."""
-    compiled = build(variant, arch)
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"\.target (\S+)", ptx)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        ptxas = triton.knobs.nvidia.ptxas if arch < 100 else triton.knobs.nvidia.ptxas_blackwell
-        command = [ptxas.path, "-v", f"--gpu-name={target[1].rstrip(',')}", str(path)]
-        out = subprocess.run(
-            [*command, "-o", str(Path(folder) / "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-    registers = re.search(r"Used (\d+) registers", out)
+    """Compile a variant anew and read what ptxas reports of that very cubin."""
+    report = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        with contextlib.redirect_stdout(report):
+            compiled = build(variant, arch)
+    registers = re.search(r"Used (\d+) registers", report.getvalue())
     assert registers is not None
-    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", out))
+    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report.getvalue()))
+    ptx = compiled.asm["ptx"]
     matrix = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx), "none")
     return Usage(int(registers[1]), compiled.metadata.shared, spills, matrix)
 

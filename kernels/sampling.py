@@ -280,14 +280,14 @@ def _tables(
         log_q = negatives.log_q
         if log_q is not None:
             _check_size("log_q", len(log_q), num_items)
-            log_q = log_q.to(device, torch.float32)
-        return IDS, {"source": sampler.to(device), "log_q": log_q}
+            log_q = log_q.to(device, torch.float32).contiguous()
+        return IDS, {"source": sampler.to(device).contiguous(), "log_q": log_q}
     if sampler == "log_uniform":
         ranking = negatives.ranking
         if ranking is None:
             ranking = torch.arange(num_items, device=device)
         _check_size("ranking", len(ranking), num_items)
-        return LOG_UNIFORM, {"source": ranking.to(device, torch.int64)}
+        return LOG_UNIFORM, {"source": ranking.to(device, torch.int64).contiguous()}
     if sampler == "in_batch":
         return POOL, _pool(target, num_items)
     return UNIFORM, {}
@@ -339,7 +339,7 @@ def _paper_plan(
     given = isinstance(sampler, Tensor)
     return SamplingPlan(
         kind=IDS if given else UNIFORM,
-        source=sampler.to(target.device) if isinstance(sampler, Tensor) else None,
+        source=sampler.to(target.device).contiguous() if isinstance(sampler, Tensor) else None,
         skip_positive=False,
         stratified=False,
         hits=ZERO,

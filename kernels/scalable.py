@@ -11,11 +11,12 @@ References
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy import api, torch_sampled
+from kernels.linear_cross_entropy import api, ops, torch_sampled
 from kernels.linear_cross_entropy.problem import (
     GradientFilter,
     LogitOptions,
@@ -87,14 +88,14 @@ def scalable_cross_entropy(
     """
     e, weight, _ = api._autocast(e, weight, None)
     target = api._check_inputs(e, weight, None, target, ignore_index, validate)
-    api._check_reduction(reduction, sample_weight, target)
+    api._check_reduction(reduction, sample_weight, num_items, target)
     num_buckets, size_x = bucket_shape(len(e), alpha, beta, bucket_size_x)
     if bucket_size_y < 1:
         raise ValueError(f"bucket_size_y={bucket_size_y} must be 1 or more")
     size_y = min(bucket_size_y, len(weight))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    chosen = api._choose(e, weight, impl, None)
+    chosen = api._choose(e, weight, impl)
     if len(e) == 0:
         return api._reduce(e.float().sum(1), target >= 0, sample_weight, num_items, reduction)
     with torch.no_grad():
@@ -148,10 +149,25 @@ def bucket_loss(
     winner : Tensor, shape (N,), int64
         The first of equal rows.
     """
+    return ops.triton_or_torch(
+        impl,
+        lambda: _bucket_loss(e, weight, target, members, items, ops.triton_module("sampled")),
+        lambda: _bucket_loss(e, weight, target, members, items, torch_sampled),
+    )
+
+
+def _bucket_loss(
+    e: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    members: Tensor,
+    items: Tensor,
+    module: ModuleType,
+) -> tuple[Tensor, Tensor]:
     accum = accumulation_dtype(e.dtype)
     row_loss = torch.empty(members.numel(), dtype=accum, device=e.device)
     for rows, tokens, plan in _chunks(members, items, len(e), len(weight)):
-        negative, positive, _ = _module(impl).forward(
+        negative, positive, _ = module.forward(
             e[tokens], weight, None, target[tokens], plan, LogitOptions(), sigmoid=False
         )
         row_loss[rows] = torch.logaddexp(negative, positive) - positive
@@ -178,10 +194,28 @@ def bucket_loss_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of e and weight; only the bucket that gave a token its loss has one."""
+    arguments = (e, weight, target, members, items, winner, grad_loss, deterministic)
+    return ops.triton_or_torch(
+        impl,
+        lambda: _bucket_loss_backward(*arguments, ops.triton_module("sampled")),
+        lambda: _bucket_loss_backward(*arguments, torch_sampled),
+    )
+
+
+def _bucket_loss_backward(
+    e: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    members: Tensor,
+    items: Tensor,
+    winner: Tensor,
+    grad_loss: Tensor,
+    deterministic: bool,
+    module: ModuleType,
+) -> tuple[Tensor, Tensor]:
     accum = accumulation_dtype(e.dtype)
     grad_e = torch.zeros(e.shape, dtype=accum, device=e.device)
     grad_weight = torch.zeros(weight.shape, dtype=accum, device=e.device)
-    module = _module(impl)
     for rows, tokens, plan in _chunks(members, items, len(e), len(weight)):
         e_rows, target_rows = e[tokens], target[tokens]
         negative, positive, shift = module.forward(
@@ -226,14 +260,6 @@ def _backward(ctx, grad_loss, _grad_winner):  # type: ignore[no-untyped-def]
 
 
 bucket_loss.register_autograd(_backward, setup_context=_setup)
-
-
-def _module(impl: str):  # type: ignore[no-untyped-def]
-    if impl == "triton":
-        import kernels.linear_cross_entropy.triton_sampled as triton_sampled
-
-        return triton_sampled
-    return torch_sampled
 
 
 def _chunks(members: Tensor, items: Tensor, num_tokens: int, num_items: int):  # type: ignore[no-untyped-def]

@@ -5,7 +5,6 @@
 """
 
 import math
-import warnings
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from kernels.sampling import SamplingPlan, make_plan, new_seed
 Impl = Literal["auto", "triton", "torch", "dense", "reference"]
 Reduction = Literal["mean", "sum", "none"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_warned: set[str] = set()
 
 
 class ImplChoice(NamedTuple):
@@ -94,8 +92,8 @@ def linear_cross_entropy(
         the backward pass. Without a filter gradients are exact.
     filter_mode : {'drop', 'unbiased'}
         Drop what is filtered, or keep it with probability p / eps and count it as eps.
-    accum_dtype : torch.dtype
-        dtype of dC's accumulation.
+    accum_dtype : {torch.float32, torch.float64}
+        dtype of dC's accumulation; float64 has a torch path only, for the full softmax.
     deterministic : bool, optional
         Equal inputs give equal bits; None asks `torch.are_deterministic_algorithms_enabled()`.
     impl : {'auto', 'triton', 'torch', 'dense', 'reference'}
@@ -142,10 +140,13 @@ def linear_cross_entropy(
     )
     if paper_compat and negatives is None:
         raise ValueError("paper_compat=True needs negatives: it is about the paper's CCE-")
-    _check_reduction(reduction, sample_weight, target)
-    chosen = _choose(e, weight, impl, filter_mode if grad_filter.mode else None)
+    _check_reduction(reduction, sample_weight, num_items, target)
+    _check_accumulation(accum_dtype, negatives)
+    chosen = _choose(e, weight, impl)
     valid = target >= 0
     if negatives is None:
+        if chosen == "triton" and accum_dtype == torch.float64:
+            chosen = _fall_back("accum_dtype=torch.float64 has no Triton kernel")
         lse, positive, mean = _full(
             e, weight, bias, target, options, grad_filter, label_smoothing > 0, accum_dtype, chosen
         )
@@ -154,6 +155,7 @@ def linear_cross_entropy(
             loss = loss - label_smoothing * mean
     else:
         plan = make_plan(negatives, target, len(weight), paper_compat=paper_compat)
+        chosen = _choose_for_plan(chosen, plan, e.shape[1])
         negative, positive = _sampled(
             e, weight, bias, target, plan, options, grad_filter, False, deterministic, chosen
         )
@@ -220,11 +222,13 @@ def linear_binary_cross_entropy(
     e, weight, bias = _autocast(e, weight, bias)
     target = _check_inputs(e, weight, bias, target, ignore_index, validate)
     options, grad_filter = _check_options(softcap, logit_scale, 0.0, 0.0, None, "drop", negatives)
+    if negatives is None:
+        raise TypeError("negatives=None: binary cross-entropy needs Negatives")
     if not (math.isfinite(positive_power) and positive_power > 0):
         raise ValueError(f"positive_power={positive_power} must be a finite number above 0")
-    _check_reduction(reduction, sample_weight, target)
-    chosen = _choose(e, weight, impl, None)
+    _check_reduction(reduction, sample_weight, num_items, target)
     plan = make_plan(negatives, target, len(weight), softmax=False)
+    chosen = _choose_for_plan(_choose(e, weight, impl), plan, e.shape[1])
     negative, positive = _sampled(
         e, weight, bias, target, plan, options, grad_filter, True, deterministic, chosen
     )
@@ -380,20 +384,33 @@ def _upcast(
     return e.double(), weight.double(), None if bias is None else bias.double()
 
 
-def _choose(e: Tensor, weight: Tensor, impl: str, filter_mode: str | None) -> str:
+def _choose(e: Tensor, weight: Tensor, impl: str) -> str:
     if impl not in ("auto", "triton", "torch", "dense", "reference"):
         raise ValueError(f"impl={impl!r} must be 'auto', 'triton', 'torch', 'dense' or 'reference'")
     if impl == "auto":
         choice = explain(e, weight)
         if choice.name != "triton" and e.is_cuda:
-            _warn_once(f"linear_cross_entropy takes impl='torch': {choice.reason}")
+            return _fall_back(choice.reason)
         return choice.name
     if impl == "triton":
         obstacle = _explicit_triton_obstacle(e, weight)
         if obstacle:
-            _warn_once(f"impl='triton' falls back to 'torch': {obstacle}")
-            return "torch"
+            return _fall_back(obstacle)
     return impl
+
+
+def _choose_for_plan(chosen: str, plan: SamplingPlan, width: int) -> str:
+    if chosen != "triton":
+        return chosen
+    import kernels.linear_cross_entropy.triton_sampled as triton_sampled
+
+    obstacle = triton_sampled.obstacle(plan, width)
+    return _fall_back(obstacle) if obstacle else chosen
+
+
+def _fall_back(reason: str) -> str:
+    ops.warn_once(f"impl='triton' falls back to 'torch': {reason}")
+    return "torch"
 
 
 def _explicit_triton_obstacle(e: Tensor, weight: Tensor) -> str:
@@ -404,12 +421,6 @@ def _explicit_triton_obstacle(e: Tensor, weight: Tensor) -> str:
     if triton_launch.INTERPRETED and not e.is_cuda and e.dtype != torch.float64:
         return ""
     return triton_obstacle(e, weight)
-
-
-def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _check_inputs(
@@ -491,6 +502,8 @@ def _check_options(
 ) -> tuple[LogitOptions, GradientFilter]:
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap={softcap} must be a finite number above 0, or None")
+    if negatives is not None and not isinstance(negatives, Negatives):
+        raise TypeError(f"negatives is a {type(negatives).__name__}; give Negatives(...) or None")
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"logit_scale={logit_scale} must be finite and not 0")
     if not 0 <= label_smoothing <= 1:
@@ -512,11 +525,34 @@ def _check_options(
     return options, GradientFilter(FILTER_MODES[filter_mode], filter_eps)
 
 
-def _check_reduction(reduction: str, sample_weight: Tensor | None, target: Tensor) -> None:
+def _check_accumulation(accum_dtype: torch.dtype, negatives: Negatives | None) -> None:
+    if accum_dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"accum_dtype={accum_dtype} would lose gradients of rare items; give torch.float32 or "
+            "torch.float64"
+        )
+    if accum_dtype == torch.float64 and negatives is not None:
+        raise ValueError(
+            "accum_dtype=torch.float64 is for the full softmax; it needs negatives=None"
+        )
+
+
+def _check_reduction(
+    reduction: str,
+    sample_weight: Tensor | None,
+    num_items: float | Tensor | None,
+    target: Tensor,
+) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} must be 'mean', 'sum' or 'none'")
+    if not isinstance(num_items, Tensor | None) and not num_items > 0:
+        raise ValueError(f"num_items={num_items} divides the loss; give a number above 0")
     if sample_weight is None:
         return
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(
+            f"sample_weight is a {type(sample_weight).__name__}; give a torch.Tensor of shape (N,)"
+        )
     if sample_weight.shape != target.shape:
         raise ValueError(
             f"sample_weight has shape {tuple(sample_weight.shape)} but target has "

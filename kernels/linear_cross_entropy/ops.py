@@ -4,6 +4,12 @@ As `torch.library` operators they pass through `torch.compile`, activation check
 gradient accumulation: whatever is random depends on a seed that is one of the arguments.
 """
 
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -14,6 +20,36 @@ from kernels.linear_cross_entropy.problem import (
     accumulation_dtype,
 )
 from kernels.sampling import SamplingPlan
+
+Result = TypeVar("Result")
+Sums = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor | None]
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Warn of a text that was not warned of in this process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def triton_or_torch(impl: str, triton: Callable[[], Result], torch: Callable[[], Result]) -> Result:
+    """What `impl` computes; by torch, with one warning, where a GPU has too little for a kernel."""
+    if impl != "triton":
+        return torch()
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return triton()
+    except OutOfResources as problem:
+        warn_once(f"impl='triton' falls back to 'torch': {problem}")
+        return torch()
+
+
+def triton_module(name: str) -> ModuleType:
+    """Module of Triton launches, imported where it is first needed: Triton may be absent."""
+    return importlib.import_module(f"kernels.linear_cross_entropy.triton_{name}")
 
 
 @torch.library.custom_op("srsweep::full_softmax", mutates_args=())
@@ -32,12 +68,13 @@ def full_softmax(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp, target logit and mean logit of every token, without keeping logits."""
-    options = LogitOptions(scale, softcap)
-    if impl == "triton":
-        import kernels.linear_cross_entropy.triton_full as triton_full
-
-        return triton_full.forward(e, weight, bias, target, options, with_mean=with_mean)
-    return torch_chunked.forward(e, weight, bias, target, options, with_mean=with_mean)
+    arguments = (e, weight, bias, target, LogitOptions(scale, softcap))
+    sums: Sums = triton_or_torch(
+        impl,
+        lambda: triton_module("full").forward(*arguments, with_mean=with_mean),
+        lambda: torch_chunked.forward(*arguments, with_mean=with_mean),
+    )
+    return sums
 
 
 @torch.library.custom_op("srsweep::full_softmax_backward", mutates_args=())
@@ -61,13 +98,15 @@ def full_softmax_backward(
     """Gradients of e, weight and bias (empty without one), each tile of logits computed again."""
     options = LogitOptions(scale, softcap)
     grad_filter = GradientFilter(filter_mode, filter_eps)
-    arguments = (e, weight, bias, target, lse, grad_lse, grad_positive, grad_mean, options)
-    if impl == "triton":
-        import kernels.linear_cross_entropy.triton_full as triton_full
-
-        grads = triton_full.backward(*arguments, grad_filter, seed, accum_dtype)
-    else:
-        grads = torch_chunked.backward(*arguments, grad_filter, seed, accum_dtype)
+    arguments = (
+        e, weight, bias, target, lse, grad_lse, grad_positive, grad_mean, options, grad_filter,
+        seed, accum_dtype,
+    )  # fmt: skip
+    grads: Gradients = triton_or_torch(
+        impl,
+        lambda: triton_module("full").backward(*arguments),
+        lambda: torch_chunked.backward(*arguments),
+    )
     grad_e, grad_weight, grad_bias = grads
     return grad_e, grad_weight, e.new_empty(0) if grad_bias is None else grad_bias
 
@@ -141,12 +180,13 @@ def sampled_sum(
         weight, seed, source, alias, log_q, pool_size, log_rest, kind, num, share, skip_positive,
         stratified, hits, conditional, corrected, base_shift,
     )  # fmt: skip
-    options = LogitOptions(scale, softcap)
-    if impl == "triton":
-        import kernels.linear_cross_entropy.triton_sampled as triton_sampled
-
-        return triton_sampled.forward(e, weight, bias, target, plan, options, sigmoid=sigmoid)
-    return torch_sampled.forward(e, weight, bias, target, plan, options, sigmoid=sigmoid)
+    arguments = (e, weight, bias, target, plan, LogitOptions(scale, softcap))
+    sums: Sums = triton_or_torch(
+        impl,
+        lambda: triton_module("sampled").forward(*arguments, sigmoid=sigmoid),
+        lambda: torch_sampled.forward(*arguments, sigmoid=sigmoid),
+    )
+    return sums
 
 
 @torch.library.custom_op("srsweep::sampled_sum_backward", mutates_args=())
@@ -192,12 +232,11 @@ def sampled_sum_backward(
         e, weight, bias, target, negative, positive, shift, grad_negative, grad_positive, plan,
         LogitOptions(scale, softcap), GradientFilter(filter_mode, filter_eps), deterministic,
     )  # fmt: skip
-    if impl == "triton":
-        import kernels.linear_cross_entropy.triton_sampled as triton_sampled
-
-        grads = triton_sampled.backward(*arguments, sigmoid=sigmoid)
-    else:
-        grads = torch_sampled.backward(*arguments, sigmoid=sigmoid)
+    grads: Gradients = triton_or_torch(
+        impl,
+        lambda: triton_module("sampled").backward(*arguments, sigmoid=sigmoid),
+        lambda: torch_sampled.backward(*arguments, sigmoid=sigmoid),
+    )
     grad_e, grad_weight, grad_bias = grads
     return grad_e, grad_weight, e.new_empty(0) if grad_bias is None else grad_bias
 

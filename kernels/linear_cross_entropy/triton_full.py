@@ -28,6 +28,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch_chunked.forward`."""
     e, weight, target = row_major(e), row_major(weight), target.contiguous()
+    bias = None if bias is None else bias.contiguous()
     num_tokens, width = e.shape
     num_items = len(weight)
     if num_tokens == 0:
@@ -64,6 +65,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `torch_chunked.backward`; dC is accumulated in float32 registers whatever accum_dtype."""
     e, weight, target = row_major(e), row_major(weight), target.contiguous()
+    bias = None if bias is None else bias.contiguous()
     num_tokens, width = e.shape
     num_items = len(weight)
     if num_tokens == 0:

@@ -21,6 +21,7 @@ FIXED_POINT = 2.0**36
 upstream gradient."""
 _MAX_WHOLE_WIDTH = 256
 _PART_WIDTH = 128
+_MAX_ROW_STRIDE = 2**22
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,12 @@ def upcasts(dtype: torch.dtype) -> bool:
 
 
 def row_major(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous, else a copy."""
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+    """The tensor itself if kernels can address it, else a copy.
+
+    Rows must be contiguous, and those of one tile within 32-bit offsets of its first.
+    """
+    whole = tensor.stride(1) == 1 or tensor.shape[1] == 1
+    return tensor if whole and tensor.stride(0) <= _MAX_ROW_STRIDE else tensor.contiguous()
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,6 +52,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch_sampled.forward`."""
     e, weight, target = row_major(e), row_major(weight), target.contiguous()
+    bias = None if bias is None else bias.contiguous()
     shift = torch.full((len(e),), plan.base_shift, dtype=torch.float32, device=e.device)
     if len(e) == 0:
         return torch.empty_like(shift), torch.empty_like(shift), shift
@@ -120,6 +121,7 @@ def accumulate_backward(
     if len(e) == 0:
         return e.clone()
     e, weight, target = row_major(e), row_major(weight), target.contiguous()
+    bias = None if bias is None else bias.contiguous()
     per_token = _per_token(plan, e.shape[1])
     factor = 1.0 if per_token else GRADIENT_SCALE
     grads = ScaledGradients.of(grad_negative, grad_positive, None, factor)

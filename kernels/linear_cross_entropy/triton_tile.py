@@ -368,10 +368,11 @@ def grad_c_kernel(
     # stands in registers.
     for start in range(begin, end, BM):
         local = tl.arange(0, BM)
-        rows = start + local
+        begin_of_tile = tl.cast(start, tl.int64)
+        rows = begin_of_tile + local
         target = tl.load(Y + rows, mask=rows < end, other=-1).to(tl.int32)
         ok = (rows < end) & (target >= 0)
-        e_start = E + start * stride_e
+        e_start = E + begin_of_tile * stride_e
         e_tile = load_rows(e_start, local, ok, d, width, stride_e, UPCAST)
         dots = dots_of_tile(
             e_start, local, e_tile, ok, c_start, offsets, c_tile, column_ok, bias, width, stride_e,

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels.alias import AliasTable
-from kernels.linear_cross_entropy import api, ops
+from kernels.linear_cross_entropy import ops
 from kernels.linear_cross_entropy.api import (
     explain,
     gbce_power,
@@ -144,7 +144,7 @@ def test_explain_says_why():
 
 
 def test_unsupported_case_falls_back_with_one_warning(monkeypatch):
-    monkeypatch.setattr(api, "_warned", set())
+    monkeypatch.setattr(ops, "_warned", set())
     with pytest.warns(RuntimeWarning, match="falls back to 'torch': torch.float64"):
         first = linear_cross_entropy(E.double(), W.double(), Y, impl="triton")
     with warnings.catch_warnings():

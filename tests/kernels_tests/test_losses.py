@@ -188,7 +188,7 @@ def test_strided_and_misaligned_inputs(impl, share, device):
     strided = [
         torch.stack([e, e], 2)[..., 0],
         torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view(90, 17),
-        torch.stack([bias, bias], 1)[:, 0].contiguous(),
+        torch.stack([bias, bias], 1)[:, 0],
         torch.stack([target, target], 1)[:, 0],
     ]
     negatives = None if share is None else Negatives(9, share=share, seed=3)
@@ -204,7 +204,7 @@ def test_strided_and_misaligned_inputs(impl, share, device):
 def test_every_negative_hits(impl, device):
     """Two items, three masked draws: most tokens lose all, none may become NaN."""
     inputs = problem(64, 5, 8, device)
-    ids = inputs[3].clamp(min=0)[:, None].expand(-1, 3).contiguous()
+    ids = inputs[3].clamp(min=0)[:, None].expand(-1, 3)
     negatives = Negatives(3, sampler=ids, logq=False, hits="mask")
     loss, *grads = run(
         linear_cross_entropy, inputs, impl=impl, negatives=negatives, reduction="none"
