@@ -170,6 +170,39 @@ def importances(
     )
 
 
+def model_scores(
+    frame: pd.DataFrame,
+    *,
+    metrics: Sequence[str] = QUALITY,
+    full_catalog: FullCatalog = "paper",
+    seed: int = 42,
+) -> list[ModelScore]:
+    """R^2 of the paper's forest on the runs it was fitted to, and five-fold out of sample.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Finished, comparable runs in the order of the database.
+    metrics : sequence of str
+    full_catalog : {"paper", "vocabulary", "drop"}
+        See `importances`.
+    seed : int
+        Of the forest.
+
+    Returns
+    -------
+    list of ModelScore
+        Schemes in_sample and kfold; repeats of a point leak between the folds of the latter.
+    """
+    cases, _ = _cases(frame, metrics, full_catalog)
+    found = []
+    for case in cases:
+        model = _forest(seed).fit(case.features, case.target)
+        in_sample = float(model.score(case.features, case.target))
+        found += [_score(case, "in_sample", [in_sample]), _kfold_score(case, seed)]
+    return found
+
+
 @dataclass(frozen=True)
 class _Case:
     """One forest: features, target and what may not be torn apart between folds."""
@@ -386,17 +419,18 @@ def _score(case: _Case, scheme: str, values: Sequence[float]) -> ModelScore:
 def _scores(
     case: _Case, in_sample: float, by_point: Sequence[float], seed: int
 ) -> list[ModelScore]:
-    shuffled = list(by_point)  # the same folds where no point is repeated
-    if len(np.unique(case.points)) < len(case.points):
-        splitter = KFold(_FOLDS, shuffle=True, random_state=0)
-        shuffled = [_pooled_r2(case, splitter.split(case.features), seed)]
-    found = [_score(case, "in_sample", [in_sample]), _score(case, "kfold", shuffled)]
+    found = [_score(case, "in_sample", [in_sample]), _kfold_score(case, seed)]
     found.append(_score(case, "kfold_by_point", by_point))
     batch_sizes = case.features[:, FACTORS.index("batch_size")]
     if len(np.unique(batch_sizes)) > 1:
         folds = LeaveOneGroupOut().split(case.features, case.target, batch_sizes)
         found.append(_score(case, "leave_one_batch_size_out", [_pooled_r2(case, folds, seed)]))
     return found
+
+
+def _kfold_score(case: _Case, seed: int) -> ModelScore:
+    splitter = KFold(_FOLDS, shuffle=True, random_state=0)
+    return _score(case, "kfold", [_pooled_r2(case, splitter.split(case.features), seed)])
 
 
 def _pooled_r2(case: _Case, folds: Folds, seed: int) -> float:

@@ -15,6 +15,8 @@ from analysis.frame import MEMORY, TIME, numeric, records
 REFERENCE = Path(__file__).parent / "reference"
 _QUALITIES = ("ndcg_at_10", "coverage_at_10", "surprisal_at_10")
 _POINT = ["dataset", "model", "loss", "batch_size", "max_seq_len", "num_negatives"]
+_LAST_DIGIT = 1.01e-4
+"""Values printed with four decimals agree where they differ by one of the last."""
 TOLERANCE = 0.6
 """Percentage points by which a printed difference may miss the recomputed one through rounding
 of its one-digit operands, beside a hundredth of its size."""
@@ -95,6 +97,50 @@ def recomputed_differences() -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def printed_twice() -> pd.DataFrame:
+    """Values that two of the paper's tables give differently.
+
+    Table 1 names no settings: its NDCG@10 is held against every value that another table prints
+    for the model, loss and dataset, and listed with the nearest where none agrees. All other
+    values are compared at equal settings.
+
+    Returns
+    -------
+    DataFrame
+        Columns dataset, model, loss, quantity, table, value, other_table, other_value.
+    """
+    results = printed_results()
+    rows: list[dict[str, Any]] = []
+    named = ["dataset", "model", "loss", "negative_sampler"]
+    settings = results.dropna(subset=["batch_size"])
+    point = [*named, "batch_size", "max_seq_len", "num_negatives"]
+    for _, group in settings.groupby(point, dropna=False, sort=False):
+        for quantity in (*_QUALITIES, "memory_gb", "epoch_seconds"):
+            given = group.dropna(subset=[quantity]).drop_duplicates(quantity)
+            if len(given) > 1:
+                rows.append(_two_values(quantity, given.iloc[0], given.iloc[1]))
+    overall = results[results["batch_size"].isna()].dropna(subset=["ndcg_at_10"])
+    for row in records(overall):
+        same = (settings[named] == pd.Series(row)[named]).all(axis=1)
+        others = settings[same].dropna(subset=["ndcg_at_10"])
+        apart = (others["ndcg_at_10"] - row["ndcg_at_10"]).abs()
+        if len(apart) and apart.min() > _LAST_DIGIT:
+            nearest = others.iloc[int(apart.to_numpy(float).argmin())]
+            rows.append(_two_values("ndcg_at_10", pd.Series(row), nearest))
+    return pd.DataFrame(rows)
+
+
+def _two_values(quantity: str, first: pd.Series, second: pd.Series) -> dict[str, Any]:
+    return {
+        **{name: first[name] for name in ("dataset", "model", "loss")},
+        "quantity": quantity,
+        "table": first["table"],
+        "value": first[quantity],
+        "other_table": second["table"],
+        "other_value": second[quantity],
+    }
 
 
 def _runs_of(own: pd.DataFrame, printed: dict[str, Any]) -> pd.DataFrame:

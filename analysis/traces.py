@@ -137,4 +137,5 @@ def run_label(row: dict[str, object]) -> str:
     negatives = row["num_negatives"]
     full = negatives is None or pd.isna(float(str(negatives)))
     taken = "" if full else f" · ns {float(str(negatives)):g}"
-    return f"{row['loss']} · bs {row['batch_size']} · sl {row['max_seq_len']}{taken}"
+    batch_size, length = (float(str(row[name])) for name in ("batch_size", "max_seq_len"))
+    return f"{row['loss']} · bs {batch_size:g} · sl {length:g}{taken}"

@@ -28,6 +28,7 @@ def plot_curves(axis: Axes, table: pd.DataFrame, column: str) -> Axes:
         where = line["step"].to_numpy(float) + 1
         axis.plot(
             where, line[column].to_numpy(float), color=colors[number], linewidth=0.9,
+            drawstyle="default" if column == "loss" else "steps-post",
             label=str(line["label"].iloc[0]),
         )  # fmt: skip
     style.log_if_wide(axis, table["step"].astype(float) + 1)

@@ -76,7 +76,11 @@ def importances_figure(found: Importances, method: Method = "impurity") -> style
             style.handle("s", color, label=MEASURES[key].label) for key, color in colors.items()
         ]
         handles.append(style.handle("s", "#d5d5d5", label="model does not predict"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles) if len(datasets) > 1 else 2,
+        )
     return style.Drawing(
         name, figure, data,
         f"{_AXIS[method]} ({method}); in brackets the forest's R² on unseen points. Hatched grey: "
