@@ -6,8 +6,10 @@ dataset, memory by the analytic model calibrated on all of them.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ MIN_RUNS: Final = 5
 MIN_DATASETS: Final = 2
 """Datasets with enough runs below which nothing is said about a new one."""
 _MIN_SOURCE_RUNS: Final = 8
+LEAST_CHANCE: Final = 0.5
+"""Chance to fit below which a setting on a dataset without runs is not shown."""
 _MAX_CANDIDATES: Final = 4000
 _FARTHEST: Final = 10.0
 """Factor beyond the sizes of the known datasets at which advice is refused."""
@@ -82,6 +86,8 @@ class AdvisedPoint:
     """Distance to the nearest run: sum over batch size, length and negatives of |log2 ratio|."""
     extrapolates: tuple[str, ...] = ()
     """Sizes outside the range of the runs."""
+    fits: float = 1.0
+    """Probability that the memory stays within the budget."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ class Advice:
 
     @property
     def best(self) -> AdvisedPoint:
-        """The point of the front with the best quality."""
-        return max(self.points, key=lambda point: point.quality.value)
+        """The point whose quality times its chance to fit is greatest."""
+        return max(self.points, key=lambda point: point.quality.value * point.fits)
 
 
 def advise(history: History, dataset: str, budget: Budget, *, num_next: int = 3) -> Advice:
@@ -198,28 +204,32 @@ def advise_new(
             "training time on a dataset without runs cannot be predicted from other datasets; "
             "run one point on it and ask again, or leave --time out"
         )
-    sources = _sources(history, name)
+    sources = datasets_with_runs(history, name)
     notes = _distance_notes(shape, {d: history.shapes[d] for d in sources})
     if candidates is None:
         found = completed_grid([o.spec for runs in sources.values() for o in runs])
         candidates = list(dict.fromkeys(dataclasses.replace(s, dataset=name) for s in found))
     candidates = [s for s in candidates if (s.num_negatives or 0) < shape.num_items]
     padded = _is_padded(history)
-    model, errors = _memory_across(sources, history.shapes, padded=padded)
+    model, errors = memory_across(sources, history.shapes, padded=padded)
     memory = [_widened(model.predict(spec, shape).bytes, errors) for spec in candidates]
-    quality = _relative_quality(candidates, sources, history.shapes, shape)
-    fits = [i for i in range(len(candidates)) if memory[i].value <= budget.memory_bytes]
+    quality = _relative_quality(candidates, sources)
+    chances = [chance_to_fit(estimate.value, errors, budget.memory_bytes) for estimate in memory]
+    fits = [i for i in range(len(candidates)) if chances[i] >= LEAST_CHANCE]
     if not fits:
         raise _nothing_fits(budget, memory, None, name)
     runs = [r for d in sources for r in history.runs[d] if r.observation.value(QUALITY) is not None]
     points = tuple(
-        _point(candidates[i], quality[i], memory[i], None, runs, measured=False)
+        dataclasses.replace(
+            _point(candidates[i], quality[i], memory[i], None, runs, measured=False),
+            fits=chances[i],
+        )
         for i in _front(fits, memory, quality)
     )
     num_runs = sum(len(runs) for runs in sources.values())
     notes = [*notes, *_notes(points, num_runs)]
-    best = max(points, key=lambda point: point.quality.value)
-    return Advice(name, points, (best.spec,), True, num_runs, tuple(notes))
+    advice = Advice(name, points, (), True, num_runs, tuple(notes))
+    return dataclasses.replace(advice, next_runs=(advice.best.spec,))
 
 
 def completed_grid(specs: Sequence[RunSpec]) -> list[RunSpec]:
@@ -254,6 +264,18 @@ def _kind(spec: RunSpec) -> RunSpec:
     """The specification with its sizes taken out."""
     negatives = 1 if spec.num_negatives is not None else None
     return dataclasses.replace(spec, batch_size=1, max_seq_len=1, num_negatives=negatives, seed=0)
+
+
+_kind_fields: Final = operator.attrgetter(
+    *(f.name for f in dataclasses.fields(RunSpec) if f.name not in {*_SIZES, "seed", "dataset"})
+)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _kind_values(spec: RunSpec) -> tuple[object, ...]:
+    """What tells kinds apart, datasets aside; far cheaper than a specification checked anew."""
+    values: tuple[object, ...] = _kind_fields(spec)
+    return (*values, spec.num_negatives is None)
 
 
 def _surrogates(
@@ -362,8 +384,8 @@ def _point(
     *,
     measured: bool | None = None,
 ) -> AdvisedPoint:
-    kind = dataclasses.replace(_kind(spec), dataset="")
-    alike = [r for r in runs if dataclasses.replace(_kind(r.observation.spec), dataset="") == kind]
+    kind = _kind_values(spec)
+    alike = [r for r in runs if _kind_values(r.observation.spec) == kind]
     near = sorted(alike, key=lambda r: _doublings(spec, r.observation.spec))[:3]
     outside = []
     for name in _SIZES:
@@ -430,7 +452,14 @@ def _nothing_fits(
     )
 
 
-def _sources(history: History, name: str) -> dict[str, list[Observation]]:
+def datasets_with_runs(history: History, name: str) -> dict[str, list[Observation]]:
+    """Finished runs of the datasets other than `name` that advice can rest on.
+
+    Raises
+    ------
+    SearchError
+        Fewer than two of them.
+    """
     found = {}
     for dataset in history.runs:
         runs = [
@@ -474,7 +503,7 @@ def _is_padded(history: History) -> bool:
     return sources - {None} == {"published_mixed"}
 
 
-def _memory_across(
+def memory_across(
     sources: Mapping[str, Sequence[Observation]], shapes: Mapping[str, Shape], *, padded: bool
 ) -> tuple[MemoryModel, Array]:
     """Model calibrated on all datasets, and its log errors on each one left out."""
@@ -496,40 +525,36 @@ def _memory_across(
     return fitted(list(sources)), np.array(errors)
 
 
+def chance_to_fit(value: float, errors: Array, budget: float) -> float:
+    """Share of the log errors, on datasets left out, with which the prediction fits."""
+    return float(np.mean(value * np.exp(errors) <= budget))
+
+
 def _widened(value: float, errors: Array) -> Estimate:
     low, high = np.quantile(errors, [0.05, 0.95])
     return Estimate(value, value * math.exp(min(low, 0.0)), value * math.exp(max(high, 0.0)))
 
 
 def _relative_quality(
-    candidates: Sequence[RunSpec],
-    sources: Mapping[str, Sequence[Observation]],
-    shapes: Mapping[str, Shape],
-    shape: Shape,
+    candidates: Sequence[RunSpec], sources: Mapping[str, Sequence[Observation]]
 ) -> list[Estimate]:
-    """Quality as a share of each dataset's best: weighted mean, and range, over the datasets."""
+    """Quality as a share of each dataset's best: mean, and range, over the datasets.
+
+    All datasets weigh the same: on the published runs, weights by likeness of catalog and length
+    advised worse (mean regret 0.29 instead of 0.23).
+    """
     encoder = Encoder.of(candidates)
     inputs = encoder.encode(candidates)
-    columns, weights = [], []
-    for dataset, runs in sources.items():
+    columns = []
+    for runs in sources.values():
         specs = [o.spec for o in runs]
         trend = Trend.of(QUALITY, specs, None, None)
         model = fit_surrogate(QUALITY, trend.table(specs, encoder.encode(specs)), runs)
         mean, _ = model.predict(trend.table(candidates, inputs))
         best = max(o.value(QUALITY) or 0.0 for o in runs)
         columns.append(model.scale.backward(mean) / best)
-        weights.append(math.exp(-0.5 * dissimilarity(shape, shapes[dataset]) ** 2 / _SIMILAR**2))
     table = np.clip(np.column_stack(columns), 0.0, 1.0)
-    share = np.array(weights) / sum(weights)
-    middle = table @ share
-    return [
-        Estimate(float(m), float(row.min()), float(row.max()))
-        for m, row in zip(middle, table, strict=True)
-    ]
-
-
-_SIMILAR: Final = 2.0
-"""Dissimilarity at which a dataset's word weighs 0.6 of that of an equal one."""
+    return [Estimate(float(row.mean()), float(row.min()), float(row.max())) for row in table]
 
 
 def dissimilarity(left: Shape, right: Shape) -> float:

@@ -174,8 +174,9 @@ def _loss_bytes(spec: RunSpec, num_items: int, targets: float, size: int) -> tup
         gathered = 2 * targets * negatives * width * 4
         return gathered + 4 * targets * negatives * size, 8 * targets * negatives
     if spec.loss == "sce":
-        buckets = spec.sce_alpha * math.sqrt(max(targets, 1.0))
-        rows = spec.sce_bucket_size_x or spec.sce_beta * math.sqrt(max(targets, 1.0))
+        buckets = spec.sce_alpha * math.sqrt(spec.sce_beta * max(targets, 1.0))
+        per_bucket = spec.sce_alpha * math.sqrt(max(targets, 1.0) / spec.sce_beta)
+        rows = spec.sce_bucket_size_x or per_bucket
         return buckets * (num_items + 2 * rows * spec.sce_bucket_size_y) * size, 0.0
     # kernels keep neither logits nor ids: only the gradient of the hidden states and, for the
     # cast of the item vectors, one copy of the table in low precision

@@ -165,6 +165,7 @@ def _row(point: "AdvisedPoint", advice: "Advice") -> dict[str, Any]:
         row[f"{column}_high"] = None if estimate is None else estimate.high
     distance = point.doublings if math.isfinite(point.doublings) else None
     return row | {
+        "chance_to_fit": point.fits,
         "measured": point.measured,
         "doublings_from_nearest_run": distance,
         "extrapolates": "; ".join(point.extrapolates),
@@ -183,6 +184,7 @@ def _shown(point: "AdvisedPoint", advice: "Advice") -> dict[str, str]:
         "quality": _interval(point.quality, 1, ".4f"),
         "memory, GiB": _interval(point.memory, 2**30, ".3g"),
         "time, min": "-" if point.seconds is None else _interval(point.seconds, 60, ".3g"),
+        "fits": f"{100 * point.fits:.0f} %",
         "basis": "measured" if point.measured else f"predicted, {point.doublings:g} doublings away",
         "outside": "; ".join(point.extrapolates),
     }
