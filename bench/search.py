@@ -6,13 +6,15 @@ are log memory and NDCG@10, each spanning [0, 1] over the full grid, reference 1
 
 import argparse
 import csv
+import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, pstdev
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,8 @@ from sweeper.search.acquisition import hypervolume
 from sweeper.search.ask import REFERENCE, Search
 from sweeper.search.space import MEMORY, Objective, Observation, SearchSpace
 
+Row = dict[str, Any]
+Key = tuple[str, str, int, int, float]
 SHARES = (0.1, 0.2, 0.4)
 OBJECTIVES = (Objective("ndcg_at_10"), Objective(MEMORY))
 SHAPES = {
@@ -98,15 +102,18 @@ def _answers(
     return answers
 
 
-def replay_order(
-    replay: Replay, related: Mapping[str, Sequence[Observation]], sampler: str, seed: int,
-    *, batch: int, budget: int,
-) -> list[RunSpec]:  # fmt: skip
-    """Points in the order in which a sampler asks for them, `batch` at a time."""
-    search = Search(
-        SearchSpace(replay.points), OBJECTIVES, sampler=sampler, seed=seed,  # type: ignore[arg-type]
+def replay_search(
+    replay: Replay, related: Mapping[str, Sequence[Observation]], sampler: str
+) -> Search:
+    """Search over a published grid; `with_seed` makes the others of a bench."""
+    return Search(
+        SearchSpace(replay.points), OBJECTIVES, sampler=sampler,  # type: ignore[arg-type]
         related=related, shapes=SHAPES,
     )  # fmt: skip
+
+
+def replay_order(replay: Replay, search: Search, *, batch: int, budget: int) -> list[RunSpec]:
+    """Points in the order in which a search asks for them, `batch` at a time."""
     known: list[Observation] = []
     while len(known) < budget:
         specs = search.propose(known, min(batch, budget - len(known)))
@@ -124,80 +131,170 @@ def fraction(replay: Replay, order: Sequence[RunSpec], share: float) -> float:
 
 
 def measure_sampler(
-    replays: Sequence[Replay], label: str, seeds: Sequence[int], batch: int, share: float
-) -> list[dict[str, object]]:
-    """Rows of one sampler: hypervolume fraction and seconds per proposal, by grid and seed.
+    replays: Sequence[Replay], label: str, seeds: Sequence[int], batch: int, share: float,
+    keep: Callable[[list[Row]], None], known: frozenset[Key] = frozenset(),
+) -> None:  # fmt: skip
+    """Rows of one sampler: hypervolume fraction and CPU seconds per proposal, by grid and seed.
 
-    `srsweep_warm` is the default sampler with the other grids known.
+    Parameters
+    ----------
+    replays : sequence of Replay
+    label : str
+        Sampler; `srsweep_warm` is the default one with the other grids known.
+    seeds : sequence of int
+    batch : int
+    share : float
+        Share of the runs to spend.
+    keep : callable
+        Takes the rows of each replay as soon as it is through.
+    known : set of (sampler, dataset, batch, seed, share)
+        Rows kept before; a replay that has them all is not repeated.
     """
-    rows: list[dict[str, object]] = []
+    shares = [at for at in SHARES if at <= share]
     for replay in replays:
         others = {r.name: list(r.answers.values()) for r in replays if r is not replay}
-        related = others if label == "srsweep_warm" else {}
+        related = others if label.endswith("_warm") else {}
+        search = replay_search(replay, related, label.removesuffix("_warm"))
+        budget = math.ceil(share * len(replay.answers))
         for seed in seeds:
+            missing = [at for at in shares if (label, replay.name, batch, seed, at) not in known]
+            if not missing:
+                continue
             begin = time.process_time()
-            budget = math.ceil(share * len(replay.answers))
-            sampler = label.removesuffix("_warm")
-            order = replay_order(replay, related, sampler, seed, batch=batch, budget=budget)
+            order = replay_order(replay, search.with_seed(seed), batch=batch, budget=budget)
             seconds = (time.process_time() - begin) / budget
-            for at in SHARES:
-                if at <= share:
-                    rows.append(
-                        {
-                            "sampler": label, "dataset": replay.name, "batch": batch, "seed": seed,
-                            "share": at, "fraction": fraction(replay, order, at),
-                            "cpu_seconds_per_run": seconds,
-                        }
-                    )  # fmt: skip
-    return rows
+            keep(
+                [
+                    {
+                        "sampler": label, "dataset": replay.name, "batch": batch, "seed": seed,
+                        "share": at, "fraction": fraction(replay, order, at),
+                        "cpu_seconds_per_run": seconds,
+                    }
+                    for at in missing
+                ]
+            )  # fmt: skip
 
 
-def summary(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Mean fraction per sampler, batch and share: by grid, over all, and the worst grid."""
-    table: list[dict[str, object]] = []
-    keys = dict.fromkeys((r["sampler"], r["batch"], r["share"]) for r in rows)
-    for sampler, batch, share in keys:
-        mine = [
-            r for r in rows if (r["sampler"], r["batch"], r["share"]) == (sampler, batch, share)
-        ]
-        by_grid: dict[str, list[float]] = {}
-        for r in mine:
-            by_grid.setdefault(str(r["dataset"]), []).append(float(str(r["fraction"])))
-        means = {name: mean(values) for name, values in by_grid.items()}
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Mean, spread and worst fraction over the seeds, per sampler, batch, share and grid."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row["sampler"], row["batch"], row["share"], row["dataset"])
+        groups.setdefault(key, []).append(row)
+    table = []
+    for (sampler, batch, share, dataset), mine in sorted(groups.items()):
+        fractions = [row["fraction"] for row in mine]
         table.append(
             {
-                "sampler": sampler, "batch": batch, "share": share,
-                "seeds": len({r["seed"] for r in mine}), **means,
-                "mean": mean(means.values()), "worst_grid": min(means.values()),
-                "cpu_s_per_run": median(float(str(r["cpu_seconds_per_run"])) for r in mine),
+                "sampler": sampler, "batch": batch, "share": share, "dataset": dataset,
+                "seeds": len(mine), "mean": mean(fractions), "stdev": pstdev(fractions),
+                "worst": min(fractions),
+                "cpu_s_per_run": median(row["cpu_seconds_per_run"] for row in mine),
             }
         )  # fmt: skip
     return table
+
+
+def overview(table: Sequence[Row]) -> list[Row]:
+    """One line per sampler, batch and share: the mean of each grid, and over all."""
+    lines: dict[tuple[Any, ...], Row] = {}
+    for row in table:
+        key = (row["share"], row["batch"], row["sampler"])
+        line = lines.setdefault(
+            key, {"sampler": key[2], "batch": key[1], "share": key[0], "seeds": row["seeds"]}
+        )
+        line["seeds"] = min(line["seeds"], row["seeds"])
+        line[row["dataset"]] = round(row["mean"], 3)
+    for (share, batch, sampler), line in lines.items():
+        means = [
+            row["mean"] for row in table
+            if (row["share"], row["batch"], row["sampler"]) == (share, batch, sampler)
+        ]  # fmt: skip
+        line |= {"mean": round(mean(means), 4), "worst_grid": round(min(means), 3)}
+    return [lines[key] for key in sorted(lines)]
+
+
+def draw(table: Sequence[Row], path: Path) -> None:
+    """Figure of every sampler: fraction against the share of runs, one panel per batch size."""
+    from matplotlib.figure import Figure
+
+    batches = sorted({row["batch"] for row in table})
+    figure = Figure(figsize=(4.2 * len(batches), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    for axis, batch in zip(axes, batches, strict=True):
+        for sampler, (marker, color) in _LOOKS.items():
+            means: dict[float, list[float]] = {}
+            for row in table:
+                if (row["sampler"], row["batch"]) == (sampler, batch):
+                    means.setdefault(row["share"], []).append(row["mean"])
+            if means:
+                shares = sorted(means)
+                axis.plot(
+                    [100 * share for share in shares], [mean(means[share]) for share in shares],
+                    marker=marker, color=color, label=sampler, linewidth=1.2, markersize=4,
+                )  # fmt: skip
+        axis.set_title(f"{batch} at a time", fontsize=9)
+        axis.set_xlabel("runs spent, % of the grid")
+        axis.set_xticks([100 * share for share in SHARES])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of the full grid's hypervolume")
+    axes[-1].legend(fontsize=7, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+_LOOKS = {
+    "srsweep": ("o", "#b2182b"), "srsweep_warm": ("D", "#ef8a62"), "gp": ("s", "#2166ac"),
+    "tpe": ("^", "#67a9cf"), "nsga2": ("v", "#7fbf7b"), "random": ("x", "#777777"),
+    "grid": ("+", "#bbbbbb"), "qlognehvi": ("P", "#762a83"),
+}  # fmt: skip
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows kept by an earlier, perhaps broken off, bench."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench search", description=__doc__)
     parser.add_argument(
         "--samplers", default="srsweep,srsweep_warm,grid,random,tpe,nsga2,gp",
-        help="comma-separated; srsweep_warm knows the other grids",
+        help="comma-separated; srsweep_warm knows the other grids; empty only shows what is kept",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--share", type=float, default=0.4, help="share of the runs to spend")
-    parser.add_argument("--save", action="store_true", help="append to bench/results/search.csv")
+    parser.add_argument(
+        "--rows", type=Path, default=None, help="file of single rows, to go on from when broken off"
+    )
+    parser.add_argument("--figure", type=Path, default=None, help="draw what is known")
+    parser.add_argument("--save", action="store_true", help="write bench/results/search.csv anew")
     options = parser.parse_args(list(arguments))
     folder = os.environ.get("SRSWEEP_SHARED")
     if not folder:
         print("SRSWEEP_SHARED is unset: the published grids are not on this machine")
         return 2
     replays = load_replays(Path(folder) / "paper" / "experiments.csv")
+    rows = read_rows(options.rows) if options.rows else []
+    known = frozenset((r["sampler"], r["dataset"], r["batch"], r["seed"], r["share"]) for r in rows)
+
+    def keep(new: list[Row]) -> None:
+        rows.extend(new)
+        if options.rows:
+            with options.rows.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in new)
+
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     for batch in map(int, options.batches.split(",")):
-        for label in options.samplers.split(","):
-            count = 1 if label == "grid" else len(seeds)
-            rows = measure_sampler(replays, label, seeds[:count], batch, options.share)
-            print(measure.table(summary(rows)), flush=True)
-            if options.save:
-                measure.save("search", rows)
+        for label in filter(None, options.samplers.split(",")):
+            mine = seeds[:1] if label == "grid" else seeds
+            measure_sampler(replays, label, mine, batch, options.share, keep, known)
+    table = summary(rows)
+    print(measure.table(overview(table)))
+    if options.figure:
+        draw(table, options.figure)
+    if options.save:
+        (measure.RESULTS / "search.csv").unlink(missing_ok=True)
+        measure.save("search", table)
     return 0

@@ -3,9 +3,10 @@
 Nothing is kept between calls, so a search that was killed goes on from the run database alone.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +113,12 @@ class Search:
             An objective that no finished run has, or constraints that no point seems to keep.
         """
         return _Question(self, observations).answer(count)
+
+    def with_seed(self, seed: int) -> Self:
+        """The same search with other random choices; what was learned is shared."""
+        other = dataclasses.replace(self, seed=seed)
+        object.__setattr__(other, "_transfers", self._transfers)
+        return other
 
     def transfer(self, name: str, encoder: Encoder) -> Transfer | None:
         """What the related datasets say about a measure, learned once per search."""

@@ -201,7 +201,7 @@ def _maximise(
             minimize(
                 negative_log_posterior, start, (squares, trend, observed, means, deviations),
                 "L-BFGS-B", jac=True,
-                bounds=bounds, options={"maxiter": 60, "ftol": 1e-6, "gtol": 1e-4},
+                bounds=bounds, options={"maxiter": 30, "ftol": 1e-4, "gtol": 1e-2},
             )
             for start in (means, noisy)
         ]  # fmt: skip

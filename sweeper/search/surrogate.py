@@ -29,6 +29,8 @@ _CLIP: Final = 3.0
 """Worst value kept of a metric, in distances from the median to the best quartile."""
 _SLOPE_VARIANCE: Final = (1.0, 0.25)
 """Prior variance of each linear trend weight: alone, and beside related datasets."""
+_CURVATURE_VARIANCE: Final = 0.5
+"""Prior variance of each quadratic trend weight; beside related datasets there is none."""
 _TRANSFER_VARIANCE: Final = 0.5
 """Prior variance of the weights of the related datasets, shared among them."""
 _ANALYTIC_WIDTH: Final = 3.0
@@ -228,7 +230,11 @@ class Trend:
             columns.append(_ANALYTIC_WIDTH * (logs - self.center) / self.width)
         variances = np.full(len(columns), _SLOPE_VARIANCE[self.transfer is not None])
         offsets = np.zeros(len(inputs))
-        if self.transfer is not None:
+        if self.transfer is None:
+            # quality rises and falls with a size: a bend costs less than a short length scale
+            columns += list((4 * (inputs - 0.5) ** 2 - 1 / 3).T)
+            variances = np.append(variances, np.full(inputs.shape[1], _CURVATURE_VARIANCE))
+        else:
             learned = self.transfer.features(specs, inputs)
             count = learned.shape[1]
             columns += list(learned.T)

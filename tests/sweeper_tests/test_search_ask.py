@@ -1,7 +1,20 @@
+import json
+
 import numpy as np
 import pytest
 
-from bench.search import OBJECTIVES, Replay, fraction, load_replays, measure_sampler, replay_order
+from bench.search import (
+    OBJECTIVES,
+    Replay,
+    fraction,
+    load_replays,
+    measure_sampler,
+    overview,
+    read_rows,
+    replay_order,
+    replay_search,
+    summary,
+)
 from db.errors import SearchError
 from db.spec import RunSpec, RunStatus
 from sweeper.memory_model import Shape, analytic_bytes
@@ -34,11 +47,15 @@ def replay():
     return Replay("toy", {spec: answer(spec) for spec in grid()})
 
 
+def order_of(replay, others, sampler, seed, **how):
+    return replay_order(replay, replay_search(replay, others, sampler).with_seed(seed), **how)
+
+
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "gp"])
 @pytest.mark.parametrize("batch", [1, 7])
 def test_every_sampler_asks_for_each_point_once_and_the_same_again(replay, sampler, batch):
     budget = 21
-    orders = [replay_order(replay, {}, sampler, 3, batch=batch, budget=budget) for _ in range(2)]
+    orders = [order_of(replay, {}, sampler, 3, batch=batch, budget=budget) for _ in range(2)]
     assert orders[0] == orders[1]
     assert len(set(orders[0])) == budget
     assert set(orders[0]) <= set(replay.points)
@@ -54,7 +71,7 @@ def test_optunas_gp_sampler_asks_for_new_points(replay):
 def test_the_default_beats_random_with_a_sixth_of_the_runs(replay):
     shares = {
         sampler: np.mean([
-            fraction(replay, replay_order(replay, {}, sampler, s, batch=1, budget=10), 1 / 6)
+            fraction(replay, order_of(replay, {}, sampler, s, batch=1, budget=10), 1 / 6)
             for s in range(3)
         ])
         for sampler in ("srsweep", "random")
@@ -68,8 +85,8 @@ def test_related_runs_make_the_first_question_a_good_one(replay):
         name: [answer(spec, shift) for spec in grid(name)]
         for name, shift in (("a", 0.3), ("b", -0.3))
     }
-    cold = replay_order(replay, {}, "srsweep", 0, batch=1, budget=4)
-    warm = replay_order(replay, others, "srsweep", 0, batch=1, budget=4)
+    cold = order_of(replay, {}, "srsweep", 0, batch=1, budget=4)
+    warm = order_of(replay, others, "srsweep", 0, batch=1, budget=4)
     assert fraction(replay, warm, 4 / 60) > fraction(replay, cold, 4 / 60)
 
 
@@ -195,6 +212,20 @@ def test_constraints_that_nothing_fits_are_refused_with_what_was_seen(replay):
         propose(SearchSpace(replay.points), known, OBJECTIVES, constraints=(tight,))
 
 
+def test_a_bench_that_was_broken_off_goes_on(replay, tmp_path):
+    """What was kept is not measured again, and a kept row is read back as it was."""
+    first, second = [], []
+    measure_sampler([replay], "random", [0, 1], 1, 0.2, first.extend)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in first))
+    known = frozenset(
+        (r["sampler"], r["dataset"], r["batch"], r["seed"], r["share"]) for r in read_rows(path)
+    )
+    measure_sampler([replay], "random", [1, 2], 1, 0.2, second.extend, known)
+    assert read_rows(path) == first
+    assert {row["seed"] for row in second} == {2}
+
+
 def test_the_published_grids_replay(shared):
     """One seed on the two smallest grids; the full figures come from `python -m bench search`."""
     replays = [
@@ -202,12 +233,11 @@ def test_the_published_grids_replay(shared):
         if r.name in ("30music", "megamarket")
     ]  # fmt: skip
     assert [len(r.points) for r in replays] == [128, 113]
+    rows = []
+    for label in ("srsweep", "random"):
+        measure_sampler(replays, label, [0], 1, 0.2, rows.extend)
     means = {
-        label: np.mean([
-            row["fraction"] for row in measure_sampler(replays, label, [0], 1, 0.2)
-            if row["share"] == 0.2
-        ])
-        for label in ("srsweep", "random")
-    }  # fmt: skip
+        line["sampler"]: line["mean"] for line in overview(summary(rows)) if line["share"] == 0.2
+    }
     assert means["srsweep"] > 0.97
     assert means["srsweep"] > means["random"] + 0.03
