@@ -1,12 +1,13 @@
 import csv
 import math
 import re
+import typing
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from db.spec import paper_profile
+from db.spec import Loss, paper_profile
 from sweeper.grid import load_grid
 
 GRIDS = Path(__file__).parents[2] / "grids" / "paper"
@@ -30,7 +31,8 @@ POINTS = {
     "figure08": {"cce": 42},
     "figure09": {"cce": 42, "cce_minus": 6},
 }
-SMALL = {"losses": 60, "scaling": 144, "filter": 48, "bert4rec": 24}
+SMALL = {"losses": (30, 24), "scaling": (54, 18), "filter": (24, 24), "bert4rec": (12, 12)}
+"""Runs on MovieTweetings and on Amazon Beauty."""
 
 
 def test_every_table_and_figure_has_its_grid():
@@ -114,10 +116,18 @@ def test_pairs_that_a_table_compares_differ_in_the_loss_alone():
 def test_small_grid_runs_on_two_public_datasets_with_three_seeds(name):
     grid = load_grid(GRIDS / "small" / f"{name}.yaml")
     assert grid.name == f"paper-small-{name}"
-    assert len(grid.points) == SMALL[name]
     assert not grid.num_duplicates
-    assert Counter(point.dataset for point in grid.points) == {
-        "movietweetings": SMALL[name] // 2,
-        "beauty-5core": SMALL[name] // 2,
-    }
+    counts = Counter(point.dataset for point in grid.points)
+    assert (counts["movietweetings"], counts["beauty-5core"]) == SMALL[name]
+    assert grid.text.split("\nsweep:")[0].count(f" {sum(SMALL[name])} runs") == 1
     assert {point.seed for point in grid.points} == {42, 43, 44}
+
+
+def test_quality_grids_hold_every_loss():
+    grids = GRIDS.parent
+    points = load_grid(grids / "quality.yaml").points
+    losses = {point.loss for point in points}
+    assert losses == set(typing.get_args(Loss))
+    assert Counter(point.seed for point in points) == {42: 9, 43: 9, 44: 9}
+    (ours, *_) = load_grid(grids / "quality-beauty.yaml").points
+    assert (ours.loss, ours.embedding_dim, ours.max_seq_len) == ("ce", 64, 50)
