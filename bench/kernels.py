@@ -4,7 +4,11 @@
 `python -m bench kernels --part sizes`    peak memory and time against catalog size (SCE's Fig. 6)
 `python -m bench kernels --part sharing`  gradient error of shared negatives, real data
 `python -m bench kernels --part quality`  NDCG@10 after training with them
+`python -m bench kernels --part aot`      registers, shared memory and spills, without a GPU
 `python -m bench kernels --part gpu`      the paper's six shapes on a GPU, rooflines and peers
+`python -m bench kernels --part gpu-sizes` memory and time against catalog size on a GPU
+
+Without --part: the last two where there is a GPU, else the others.
 
 Each figure is taken in a process of its own (CPU) or interleaved in one (GPU), after its loss was
 found equal to a reference. CPU seconds stand beside wall seconds: on a shared machine only the
@@ -46,7 +50,9 @@ SHAPES = {
     "beauty": (32_768, 176_000, 511),
 }
 """The paper's Table 4: tokens N, items V, negatives ns; D = 256."""
-PARTS = ("speed", "sizes", "sharing", "quality", "gpu")
+CPU_PARTS = ("speed", "sizes", "sharing", "quality", "aot")
+GPU_PARTS = ("gpu", "gpu-sizes")
+CATALOGS = [1_000, 10_000, 100_000, 1_000_000, 10_000_000]
 WIDTH = 256
 HBM_BYTES_PER_SECOND = 3.0e12
 L2_BYTES_PER_SECOND = 5.5e12
@@ -59,7 +65,7 @@ def losses(num_items: int, num_negatives: int = 256) -> dict[str, Step]:
     negatives = Negatives(num, seed=1)
 
     def gathered(e: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        ids = torch.randint(num_items, (len(e), num))
+        ids = torch.randint(len(weight), (len(e), num), device=e.device)
         logits = torch.einsum("nd,nkd->nk", e, weight[ids])
         logits = torch.cat([(e * weight[target]).sum(1, keepdim=True), logits], dim=1)
         return torch.nn.functional.cross_entropy(logits, torch.zeros_like(target))
@@ -223,10 +229,23 @@ def catalog_sizes(
                 )  # fmt: skip
 
 
+def compiled_rows() -> Iterator[Row]:
+    """Every kernel compiled for three generations of GPUs, at three widths."""
+    from kernels import aot
+
+    for arch, variant, used in aot.table([80, 90, 100], [64, 128, 256]):
+        yield {
+            "part": "aot", "arch": f"sm_{arch}", "width": variant.width, "kernel": variant.name,
+            "dtype": str(variant.dtype), "registers": used.registers,
+            "shared_bytes": used.shared_bytes, "spill_bytes": used.spill_bytes,
+            "matrix": used.instructions,
+        }  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the parts that were asked for and save their rows."""
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__)
-    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--part", choices=CPU_PARTS + GPU_PARTS, action="append")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the CSVs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -245,12 +264,12 @@ def main(arguments: Sequence[str]) -> int:
     if os.environ.get("SRSWEEP_REQUIRE_GPU") == "1" and not gpu:
         print("SRSWEEP_REQUIRE_GPU=1 but torch sees no CUDA device", file=sys.stderr)
         return 1
-    for part in options.part or (["gpu"] if gpu else PARTS[:-1]):
+    for part in options.part or (GPU_PARTS if gpu else CPU_PARTS):
         if part == "speed":
             sizes = options.sizes or [100_000, 1_000_000]
             rows = speed(options.rounds, options.threads, sizes, options.tokens)
         elif part == "sizes":
-            sizes = options.sizes or [1_000, 10_000, 100_000, 1_000_000, 10_000_000]
+            sizes = options.sizes or CATALOGS
             free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
             rows = []
             for row in catalog_sizes(sizes, options.widths, 1024, 0.6 * free):
@@ -264,15 +283,24 @@ def main(arguments: Sequence[str]) -> int:
                 return 1
             measured = sharing if part == "sharing" else quality
             rows = measured(Path(options.shared), options.epochs)
-        else:
+        elif part == "aot":
+            rows = list(compiled_rows())
+        elif part == "gpu":
             from bench._kernels_gpu import gpu_rows
 
             rows = gpu_rows(options.shapes, options.rounds)
+        else:
+            from bench._kernels_gpu import gpu_catalog_rows
+
+            rows = gpu_catalog_rows(options.sizes or CATALOGS, options.widths, options.rounds)
         print(measure.table(rows))
         name = {
             "sizes": "kernels_catalog",
             "sharing": "kernels_sharing",
             "quality": "kernels_sharing",
+            "aot": "kernels_aot",
+            "gpu": "kernels_gpu",
+            "gpu-sizes": "kernels_catalog",
         }.get(part, "kernels")
         measure.save(name, rows, options.out)
     return 0

@@ -154,6 +154,38 @@ def usage(variant: Variant, arch: int) -> Usage:
     return Usage(int(registers[1]), compiled.metadata.shared, spills, matrix)
 
 
+def table(
+    archs: Sequence[int],
+    widths: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    only: str = "",
+    fewer: bool = False,
+) -> Iterator[tuple[int, Variant, Usage]]:
+    """Usage of each kernel as it is launched, for each compute capability and width.
+
+    Parameters
+    ----------
+    archs : sequence of int
+        80 for compute capability 8.0.
+    widths : sequence of int
+        D.
+    dtype : torch.dtype
+        Of e and weight.
+    only : str
+        Part of the names wanted.
+    fewer : bool
+        Each kernel with one sampler, without filter.
+    """
+    for arch in archs:
+        for width in widths:
+            for variant in variants(width, dtype):
+                few = "filtered" not in variant.name and variant.name.count("/") < 2
+                few = (few or variant.name.endswith("/uniform")) and "bce" not in variant.name
+                if only in variant.name and (few or not fewer):
+                    yield arch, variant, usage(variant, arch)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; exit 1 when a kernel spills."""
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
@@ -165,20 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print("arch  width  kernel                          regs  shared  spill  matrix")
     spilled = 0
-    for arch in options.arch or [90]:
-        for width in options.width or [64, 128, 256]:
-            for variant in variants(width, getattr(torch, options.dtype)):
-                few = "filtered" not in variant.name and variant.name.count("/") < 2
-                few |= variant.name.endswith("/uniform")
-                if options.only not in variant.name or (options.fewer and not few):
-                    continue
-                used = usage(variant, arch)
-                spilled += used.spill_bytes
-                print(
-                    f"{arch:<4}  {width:<5}  {variant.name:<30}  {used.registers:>4}  "
-                    f"{used.shared_bytes:>6}  {used.spill_bytes:>5}  {used.instructions}",
-                    flush=True,
-                )
+    for arch, variant, used in table(
+        options.arch or [90], options.width or [64, 128, 256], getattr(torch, options.dtype),
+        only=options.only, fewer=options.fewer,
+    ):  # fmt: skip
+        spilled += used.spill_bytes
+        print(
+            f"{arch:<4}  {variant.width:<5}  {variant.name:<30}  {used.registers:>4}  "
+            f"{used.shared_bytes:>6}  {used.spill_bytes:>5}  {used.instructions}",
+            flush=True,
+        )
     return int(spilled > 0)
 
 

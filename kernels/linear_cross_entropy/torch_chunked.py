@@ -19,9 +19,11 @@ from kernels.linear_cross_entropy.problem import (
 )
 from kernels.philox import philox4x32
 
-TILES = {"cpu": (512, 512)}
-"""Tokens and items per tile by device type; others take LARGE_TILE."""
-LARGE_TILE = (4096, 4096)
+CPU_TILE = 512
+"""Tokens and items per tile of a single thread, 1 MiB in float32; several threads meet at the end
+of each operation, and take twice as many of both."""
+LARGE_TILE = 4096
+"""Tokens and items per tile elsewhere."""
 MAX_PLAIN_LOGIT = 40.0
 """Largest magnitude of logits whose exponentials are summed as they are: sums over 2**31 items, and
 their inverses, stay far from the ends of float32."""
@@ -201,7 +203,7 @@ def _plain_backward(
         grad_weight[items] = grad_chunk
         if grad_bias is not None:
             grad_bias[items] = grad_chunk_bias.index_add_(0, column, added).to(grad_bias.dtype)
-    for tokens in _slices(len(e), LARGE_TILE[0]):
+    for tokens in _slices(len(e), LARGE_TILE):
         grad_e[tokens] *= factor[tokens, None]
         hit = weight[target[tokens].clamp(min=0)].to(accum)
         grad_e[tokens].addcmul_(at_target[tokens, None], hit)
@@ -215,7 +217,7 @@ def positive_logits(
     accum = accumulation_dtype(e.dtype)
     safe = target.clamp(min=0)
     result = torch.empty(len(e), dtype=accum, device=e.device)
-    for tokens in _slices(len(e), LARGE_TILE[0]):
+    for tokens in _slices(len(e), LARGE_TILE):
         items = safe[tokens]
         dots = (e[tokens].to(accum) * weight[items].to(accum)).sum(1)
         if bias is not None:
@@ -228,8 +230,11 @@ class _Tile:
     """Where one tile of logits after another is computed."""
 
     def __init__(self, e: Tensor) -> None:
-        self.num_tokens, self.num_items = TILES.get(e.device.type, LARGE_TILE)
-        size = min(self.num_tokens, len(e)) * self.num_items
+        side = LARGE_TILE
+        if e.device.type == "cpu":
+            side = CPU_TILE if torch.get_num_threads() == 1 else 2 * CPU_TILE
+        self.num_tokens = self.num_items = side
+        size = min(side, len(e)) * side
         self.memory = torch.empty(size, dtype=accumulation_dtype(e.dtype), device=e.device)
 
     def logits(

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels.alias import AliasTable
-from kernels.linear_cross_entropy import ops
+from kernels.linear_cross_entropy import api, ops
 from kernels.linear_cross_entropy.api import (
     explain,
     gbce_power,
@@ -53,6 +53,8 @@ Y = torch.tensor([0, 1, 2, 19])
             "paper_compat=True draws uniformly",
         ),
         ({"negatives": Negatives(3, seed=2**63)}, f"negatives.seed={2**63}"),
+        ({"num_items": 0}, "num_items=0 divides the loss"),
+        ({"negatives": Negatives(3), "accum_dtype": torch.float64}, "accum_dtype=torch.float64"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -69,8 +71,11 @@ def test_values_that_cannot_be(options, message):
         ({"weight": W.half()}, "weight has dtype torch.float16 but e has torch.float32"),
         ({"target": Y.int()}, "target has dtype torch.int32"),
         ({"e": [1.0]}, "e is a list"),
+        ({"sample_weight": [1.0] * 4}, "sample_weight is a list"),
+        ({"negatives": 256}, "negatives is a int"),
+        ({"accum_dtype": torch.bfloat16}, "accum_dtype=torch.bfloat16"),
     ],
-    ids=["e", "weight", "target", "list"],
+    ids=["e", "weight", "target", "list", "sample_weight", "negatives", "accum_dtype"],
 )
 def test_types_that_cannot_be(options, message):
     with pytest.raises(TypeError, match=message):
@@ -152,6 +157,53 @@ def test_unsupported_case_falls_back_with_one_warning(monkeypatch):
         assert linear_cross_entropy(E.double(), W.double(), Y, impl="triton") == first
 
 
+def test_wide_embeddings_per_token_fall_back(monkeypatch, device):
+    """Tiles cannot leave out each token's own target: that would be a silent wrong number."""
+    monkeypatch.setattr(ops, "_warned", set())
+    e, weight = torch.randn(4, 1040, device=device), torch.randn(20, 1040, device=device) * 0.01
+    target, negatives = Y.to(device), Negatives(5, seed=1)
+    with pytest.warns(RuntimeWarning, match="D=1040 above 1024"):
+        loss = linear_cross_entropy(e, weight, target, negatives=negatives, impl="triton")
+    assert loss == linear_cross_entropy(e, weight, target, negatives=negatives, impl="torch")
+
+
+@pytest.mark.parametrize("negatives", [None, Negatives(4, seed=2)], ids=["full", "sampled"])
+def test_gpu_with_too_little_for_a_kernel_falls_back(negatives, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def refuse(*_arguments, **_options):
+        raise OutOfResources(200_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(ops, "_warned", set())
+    for name in ("full", "sampled"):
+        for way in ("forward", "backward"):
+            monkeypatch.setattr(ops.triton_module(name), way, refuse)
+    gradients = []
+    for impl in ("torch", "triton"):
+        e, weight, target = leaves()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            # what _choose lets through where a GPU is there
+            monkeypatch.setattr(api, "_explicit_triton_obstacle", lambda e, weight: "")
+            linear_cross_entropy(e, weight, target, negatives=negatives, impl=impl).backward()
+        gradients.append((e.grad, weight.grad))
+        assert len(seen) == (impl == "triton")
+    assert "101376" in str(seen[0].message)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_float64_accumulation_is_torchs(monkeypatch, device):
+    monkeypatch.setattr(ops, "_warned", set())
+    e, weight, target = (t.detach().to(device) for t in leaves())
+    weight.requires_grad_()
+    with pytest.warns(RuntimeWarning, match="accum_dtype=torch.float64"):
+        linear_cross_entropy(e, weight, target, accum_dtype=torch.float64, impl="triton").backward()
+    double = weight.detach().double().requires_grad_()
+    linear_cross_entropy(e.double(), double, target).backward()
+    torch.testing.assert_close(weight.grad, double.grad.float(), rtol=1e-5, atol=1e-7)
+
+
 def leaves(seed=0):
     generator = torch.Generator().manual_seed(seed)
     e = torch.randn(12, 8, generator=generator).requires_grad_()
@@ -191,16 +243,21 @@ def test_gradients_by_finite_differences():
         )
 
 
-@pytest.mark.parametrize("negatives", [None, Negatives(4, seed=2)], ids=["full", "sampled"])
+@pytest.mark.parametrize(
+    "negatives", [None, Negatives(4, seed=2), Negatives(4)], ids=["full", "sampled", "fresh"]
+)
 def test_compiled_loss_equals_eager(negatives):
+    """A fresh seed comes from torch's generator, inside what is compiled."""
     e, weight, target = leaves()
 
     def loss(e, weight):
         return linear_cross_entropy(e * 2, weight, target, negatives=negatives, impl="torch")
 
+    torch.manual_seed(3)
     loss(e, weight).backward()
     eager = e.grad.clone()
     e.grad = weight.grad = None
+    torch.manual_seed(3)
     torch.compile(loss, backend="aot_eager", fullgraph=True)(e, weight).backward()
     torch.testing.assert_close(e.grad, eager)
 
@@ -220,6 +277,27 @@ def test_checkpointing_draws_the_same_negatives():
         results.append((value.detach(), e.grad.clone()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_micro_batches_of_sampled_losses_add_up():
+    """Each micro-batch has its own seed; together they divide by the targets of all of them."""
+    e, weight, target = leaves()
+    parts = [slice(0, 5), slice(5, 12)]
+    for seed, part in enumerate(parts):
+        negatives = Negatives(4, seed=seed)
+        linear_cross_entropy(
+            e[part], weight, target[part], negatives=negatives, num_items=12
+        ).backward()
+    accumulated = weight.grad.clone()
+    e.grad = weight.grad = None
+    losses = [
+        linear_cross_entropy(
+            e[part], weight, target[part], negatives=Negatives(4, seed=seed), reduction="none"
+        )
+        for seed, part in enumerate(parts)
+    ]
+    torch.cat(losses).mean().backward()
+    torch.testing.assert_close(accumulated, weight.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_autocast_casts_both_sides():

@@ -69,6 +69,9 @@ def test_stratified_draws_take_one_per_stratum():
     edges = torch.arange(11) * V // 10
     assert ((ids >= edges[:-1]) & (ids < edges[1:])).all()
     torch.testing.assert_close(log_count[0], -torch.log((edges[1:] - edges[:-1]).float()))
+    ids, _ = draw(plan, torch.arange(20_000), None)
+    stratum = ids[:, 9] - edges[9]
+    assert stats.chisquare(torch.bincount(stratum, minlength=11).numpy()).pvalue > 1e-4
 
 
 def test_log_uniform_in_large_catalogs():
