@@ -15,7 +15,7 @@ from db.measures import (
 )
 from db.spec import RunStatus
 
-_WARM_UP_STEPS = 3
+WARM_UP_STEPS = 3
 """First steps allocate, load code and choose kernels; their times say nothing about training."""
 
 
@@ -95,8 +95,8 @@ class Progress:
         **more: Any,
     ) -> RunResult:
         """Result of the run from what was noted."""
-        timed = self.step_seconds[_WARM_UP_STEPS:] or self.step_seconds
-        tokens = self.tokens[_WARM_UP_STEPS:] or self.tokens
+        timed = self.step_seconds[WARM_UP_STEPS:] or self.step_seconds
+        tokens = self.tokens[WARM_UP_STEPS:] or self.tokens
         begun = bool(self.epoch_losses)
         final_loss = fmean(self.epoch_losses) if begun else self.final_loss
         return RunResult(

@@ -375,9 +375,18 @@ def print_result(spec: RunSpec, result: RunResult, shown: OutputFormat) -> None:
         for name, measure in MEASURES.items()
         if hasattr(result, name)
     ]
+    costs.append({"measured": "Steps timed", "value": f"{num_timed_steps(result):,}"})
     costs.append({"measured": "Parameters", "value": f"{result.num_parameters:,}"})
     costs.append({"measured": "Memory is", "value": result.memory_source})
     print_rows(costs)
+
+
+def num_timed_steps(result: RunResult) -> int:
+    """Steps that the median step time and the throughput rest on; the first few warm up."""
+    from trainer.outcome import WARM_UP_STEPS
+
+    left = result.num_steps - WARM_UP_STEPS
+    return left if left > 0 else result.num_steps
 
 
 def result_row(spec: RunSpec, result: RunResult) -> dict[str, Any]:

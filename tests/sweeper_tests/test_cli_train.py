@@ -121,6 +121,9 @@ def test_trains_and_prints_metrics_with_errors(capsys, data_dir):
     assert "NDCG" in out
     assert " +- " in out
     assert "Peak training memory" in out
+    taken = int(out.partition("after ")[2].partition(" steps")[0])
+    (timed,) = [line for line in out.splitlines() if "Steps timed" in line]
+    assert timed.split()[-1] == str(taken - 3)
     assert err.count("validation NDCG@10") == 2
     code, out, _ = shown(capsys, *arguments, "--json")
     (row,) = json.loads(out)

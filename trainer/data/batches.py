@@ -140,32 +140,41 @@ class PackedSequences:
         starts = self._starts[users]
         device = self._items.device
         empty = int(np.searchsorted(lengths, 0, side="right"))
-        lengths, filled_starts = lengths[empty:], starts[empty:]
-        ends = np.cumsum(lengths)
-        total = int(ends[-1]) if len(ends) else 0
-        begins = ends - lengths
-        # one transfer for the three offsets of every sequence
-        offsets = torch.from_numpy(
-            np.stack([filled_starts - begins, self._max_seq_len - ends, lengths])
-        ).to(device, non_blocking=True)
-        spread = torch.repeat_interleave(offsets[:2], offsets[2], dim=1, output_size=total)
-        spread += torch.arange(total, device=device)
-        index = spread[0]
+        lengths = lengths[empty:]
+        index, positions = self._tokens(starts[empty:], lengths)
         none = torch.empty(0, dtype=torch.int64, device=device)
         targets, first_items = none, none
         if self._next_items:
-            targets = self._items[index + 1].long()
+            targets = self._items[1:].index_select(0, index).long() if len(index) else none
             first = torch.from_numpy(starts[self._has_first[users]]).to(device)
             first_items = self._items[first].long()
         return PackedBatch(
-            items=self._items[index].long(),
-            positions=spread[1],
+            items=self._items.index_select(0, index).long(),
+            positions=positions,
             targets=targets,
             lengths=lengths,
             first_items=first_items,
             users=users,
             max_seq_len=self._max_seq_len,
         )
+
+
+    def _tokens(self, starts: IntArray, lengths: IntArray) -> tuple[Tensor, Tensor]:
+        """Row in the items and place in the window of every token."""
+        device = self._items.device
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        offsets = (starts - (ends - lengths), self._max_seq_len - ends)
+        if device.type == "cpu":
+            # several times faster than torch's repeat_interleave on one core
+            tokens = np.arange(total)
+            index, positions = (np.repeat(offset, lengths) + tokens for offset in offsets)
+            return torch.from_numpy(index), torch.from_numpy(positions)
+        # one transfer for the three numbers of every sequence
+        moved = torch.from_numpy(np.stack([*offsets, lengths])).to(device, non_blocking=True)
+        spread = torch.repeat_interleave(moved[:2], moved[2], dim=1, output_size=total)
+        spread += torch.arange(total, device=device)
+        return spread[0], spread[1]
 
 
 class TrainingBatches:
