@@ -259,11 +259,10 @@ class _RowReader:
                 out[name] = self._measure(cell, name, place, isinstance(kind, sa.BigInteger))
             else:
                 out[name] = _time(cell, name, place)
-        if any(value is not None for value in out.values()):
-            for name in ("memory_source", "time_source"):
-                if out[name] is None:
-                    out[name] = "published_mixed"
-                    self.defaulted[name] += 1
+        for name, measured in _MEASURED_BY.items():
+            if out[name] is None and any(out[measure] is not None for measure in measured):
+                out[name] = "published_mixed"
+                self.defaulted[name] += 1
         return out
 
     def _measure(self, cell: Any, name: str, place: str, whole: bool) -> float | int | None:
@@ -289,6 +288,11 @@ class _RowReader:
         )
 
 
+_MEASURED_BY = {
+    "memory_source": ("peak_train_memory_bytes", "peak_eval_memory_bytes"),
+    "time_source": ("epoch_seconds", "evaluation_seconds", "step_seconds", "tokens_per_second"),
+}
+"""Columns that name how others were measured, and these others."""
 _ASSUMED = {
     "precision": "fp32",
     "device_class": "one unknown device of that source",
