@@ -56,7 +56,8 @@ class Search:
     seed : int
         Decides ties and random choices.
     related : mapping of str to sequence of Observation
-        Runs on other datasets, to learn from (`srsweep` only).
+        Runs to learn from (`srsweep` only), by dataset: those on other datasets, and those on
+        this one that differ in what the space does not vary, such as the number of epochs.
     shapes : mapping of str to Shape
         Sizes of the datasets, where known.
     """
@@ -121,9 +122,12 @@ class Search:
         return other
 
     def transfer(self, name: str, encoder: Encoder) -> Transfer | None:
-        """What the related datasets say about a measure, learned once per search."""
+        """What related runs say about a measure, learned once per search."""
         if name not in self._transfers:
-            others = {d: o for d, o in self.related.items() if d != self.space.dataset}
+            others = {
+                dataset: [o for o in runs if not self.space.comparable(o.spec)]
+                for dataset, runs in self.related.items()
+            }
             self._transfers[name] = learn(name, encoder, self.space.points, others, self.shapes)
         return self._transfers[name]
 
@@ -156,7 +160,7 @@ class _Question:
         candidates = search.space.points
         inside = set(candidates)
         own = [o.spec for o in self._by_spec.values() if o.spec not in inside]
-        self._specs = (*candidates, *(s for s in own if s.dataset == search.space.dataset))
+        self._specs = (*candidates, *(s for s in own if search.space.comparable(s)))
         self._num_candidates = len(candidates)
         self._known = [self._by_spec.get(spec) for spec in self._specs]
         self._free = [i for i in range(self._num_candidates) if self._known[i] is None]

@@ -6,9 +6,10 @@ and the settings: a search that was killed asks for what it would have asked for
 
 import datetime
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from db import query
+from db.errors import SearchError
 from db.spec import RunSpec
 from sweeper.search.ask import Search
 from sweeper.search.history import History, read_history
@@ -44,9 +45,10 @@ def next_round(
         What is asked for cannot be searched.
     """
     asked = _asked(url, sweep, set(candidates))
+    candidates, most = _stage(settings, candidates, asked)
     count = settings.batch
-    if settings.runs is not None:
-        count = min(count, settings.runs - len(asked))
+    if most is not None:
+        count = min(count, most - sum(key in candidates for key in asked))
     if count <= 0 or _is_late(url, sweep, settings):
         return []
     space = SearchSpace(tuple(candidates.values()))
@@ -54,17 +56,35 @@ def next_round(
     own, spent = _own(history, fingerprint, asked)
     if settings.device_hours is not None and spent >= settings.device_hours * 3600:
         return []
-    related = {
-        name: history.only(name).on_device(None).observations(name)
-        for name in history.runs
-        if name != space.dataset
-    }
+    related = {name: history.only(name).on_device(None).observations(name) for name in history.runs}
     search = Search(
         space, settings.objectives, settings.constraints, settings.sampler, settings.seed,
         related, history.shapes,
     )  # fmt: skip
     keys = {spec: key for key, spec in candidates.items()}
     return [keys[spec] for spec in search.propose(own, count)]
+
+
+def _stage(
+    settings: SearchSettings, candidates: Mapping[str, RunSpec], asked: Sequence[str]
+) -> tuple[dict[str, RunSpec], int | None]:
+    """Points that this stage chooses from, and how many it may ask for in all."""
+    if settings.screen is None:
+        return dict(candidates), settings.runs
+    levels = sorted({spec.max_epochs for spec in candidates.values()})
+    if len(levels) != 2:
+        raise SearchError(
+            f"'screen' needs a grid with two values of max_epochs, the short runs' and the full "
+            f"ones'; this one has {', '.join(map(str, levels))}"
+        )
+    short, full = (
+        {key: spec for key, spec in candidates.items() if spec.max_epochs == level}
+        for level in levels
+    )
+    screened = sum(key in short for key in asked)
+    if screened < min(settings.screen, len(short)):
+        return short, settings.screen
+    return full, settings.runs
 
 
 def _asked(url: str, sweep: str, candidates: set[str]) -> list[str]:

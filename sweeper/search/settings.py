@@ -15,6 +15,7 @@ Sampler = Literal["srsweep", "grid", "random", "tpe", "nsga2", "gp"]
 SAMPLERS: Final = get_args(Sampler)
 _KEYS = (
     "objectives", "constraints", "sampler", "runs", "device_hours", "wall_hours", "batch", "seed",
+    "screen",
 )  # fmt: skip
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "s": 1, "min": 60,
           "h": 3600}  # fmt: skip
@@ -38,6 +39,9 @@ class SearchSettings:
     batch: int = 1
     """Runs asked for together; the next batch waits for the last one to finish."""
     seed: int = 42
+    screen: int | None = None
+    """Short runs to begin with: points at the lower of the grid's two `max_epochs`. They count in
+    the hours, not in `runs`, and are in the database as what they are: runs of fewer epochs."""
 
 
 def read_search(where: Located) -> SearchSettings:
@@ -70,7 +74,7 @@ def read_search(where: Located) -> SearchSettings:
     return SearchSettings(
         objectives, constraints, sampler, _whole(found, "runs"), limits["device_hours"],
         limits["wall_hours"], _whole(found, "batch") or 1, _whole(found, "seed") or 0
-        if "seed" in found else 42,
+        if "seed" in found else 42, _whole(found, "screen"),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """What a search chooses from and what it has been answered: points, objectives, observations."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -112,6 +113,13 @@ class Observation:
         return float(found) if found is not None and math.isfinite(found) else None
 
 
+def fixed_values(points: Sequence[RunSpec]) -> Callable[[RunSpec], tuple[object, ...]]:
+    """Reader of the fields that all points share, dataset and seed aside."""
+    fields = [field_.name for field_ in dataclasses.fields(RunSpec) if field_.name not in IGNORED]
+    shared = [name for name in fields if len({getattr(point, name) for point in points}) == 1]
+    return lambda spec: tuple(getattr(spec, name) for name in shared)
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """The distinct points of a grid, of one dataset.
@@ -134,6 +142,18 @@ class SearchSpace:
                 f"the search space mixes datasets ({', '.join(datasets)}): their metrics cannot "
                 "be compared; search each one on its own"
             )
+
+    def comparable(self, spec: RunSpec) -> bool:
+        """Whether a run differs from the points only in fields that they vary, or in its seed.
+
+        One with another width or fewer epochs answers another question: it is learned from like a
+        run on another dataset.
+        """
+        return spec.dataset == self.dataset and self._fixed(spec) == self._fixed(self.points[0])
+
+    @functools.cached_property
+    def _fixed(self) -> Callable[[RunSpec], tuple[object, ...]]:
+        return fixed_values(self.points)
 
     @property
     def dataset(self) -> str:
@@ -158,13 +178,20 @@ class Encoder:
 
     @classmethod
     def of(cls, specs: Sequence[RunSpec]) -> Self:
-        """Encoder whose inputs span [0, 1] over the given specifications."""
+        """Encoder whose inputs span [0, 1] over the given specifications.
+
+        A field that follows another one, such as a learning rate set by batch size, adds none.
+        """
         ordered, choices = [], []
+        kept_fields: list[str] = []
         for field_ in dataclasses.fields(RunSpec):
             name = field_.name
             values = list(dict.fromkeys(getattr(spec, name) for spec in specs))
             if name in IGNORED or len(values) < 2:
                 continue
+            if any(_follows(name, other, specs) for other in kept_fields):
+                continue
+            kept_fields.append(name)
             numbers = [v for v in values if _is_number(v)]
             if len(numbers) > 1:
                 scaled = [_scaled(name, v) for v in numbers]
@@ -187,6 +214,12 @@ class Encoder:
         if not columns:
             return np.zeros((len(specs), 1))
         return np.array(columns, float).T
+
+
+def _follows(name: str, other: str, specs: Sequence[RunSpec]) -> bool:
+    """Whether each value of one field goes with a single value of another."""
+    pairs = {(getattr(spec, other), getattr(spec, name)) for spec in specs}
+    return len(pairs) == len({value for value, _ in pairs})
 
 
 def _is_number(value: object) -> bool:

@@ -19,12 +19,14 @@ from db.measures import MEASURES
 from db.spec import RunSpec, RunStatus
 from sweeper.memory_model import Shape, analytic_bytes
 from sweeper.search import gp
-from sweeper.search.space import MEMORY, Constraint, Encoder, Observation
+from sweeper.search.space import MEMORY, Constraint, Encoder, Observation, fixed_values
 
 Array = NDArray[np.float64]
 
 MIN_SOURCE_RUNS: Final = 8
 """Finished runs that a related dataset needs before it is learned from."""
+_MAX_SOURCES: Final = 8
+"""Related sources that are learned from, those with most runs."""
 _CLIP: Final = 3.0
 """Worst value kept of a metric, in distances from the median to the best quartile."""
 _SLOPE_VARIANCE: Final = (1.0, 0.25)
@@ -255,7 +257,9 @@ def learn(
     related: Mapping[str, Sequence[Observation]],
     shapes: Mapping[str, Shape],
 ) -> Transfer | None:
-    """Learn a measure from the finished runs of other datasets; None where there are too few.
+    """Learn a measure from related finished runs; None where there are too few.
+
+    Each dataset is a source, or several, where its runs differ in what the space does not vary.
 
     Parameters
     ----------
@@ -270,12 +274,16 @@ def learn(
     shapes : mapping of str to Shape
         Sizes of those datasets, where known.
     """
-    sources = []
+    fixed = fixed_values(space)
+    groups: dict[tuple[object, ...], list[Observation]] = {}
     for dataset in sorted(related):
-        known = [o for o in related[dataset] if o.value(name) is not None]
-        if len(known) < MIN_SOURCE_RUNS:
-            continue
-        trend = Trend.of(name, space, shapes.get(dataset), None)
+        for observation in related[dataset]:
+            if observation.value(name) is not None:
+                groups.setdefault((dataset, *fixed(observation.spec)), []).append(observation)
+    enough = [known for known in groups.values() if len(known) >= MIN_SOURCE_RUNS]
+    sources = []
+    for known in sorted(enough, key=len, reverse=True)[:_MAX_SOURCES]:
+        trend = Trend.of(name, space, shapes.get(known[0].spec.dataset), None)
         specs = [observation.spec for observation in known]
         surrogate = fit_surrogate(name, trend.table(specs, encoder.encode(specs)), known)
         sources.append((surrogate, trend))

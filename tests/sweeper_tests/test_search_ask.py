@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -88,6 +89,31 @@ def test_related_runs_make_the_first_question_a_good_one(replay):
     cold = order_of(replay, {}, "srsweep", 0, batch=1, budget=4)
     warm = order_of(replay, others, "srsweep", 0, batch=1, budget=4)
     assert fraction(replay, warm, 4 / 60) > fraction(replay, cold, 4 / 60)
+
+
+def test_runs_of_another_width_are_not_taken_for_points(replay):
+    """They are learned from as related runs; as observations they change nothing."""
+    known = [replay.answers[spec] for spec in replay.points[::9]]
+    wide = [
+        dataclasses.replace(answer(spec, 3.0), spec=dataclasses.replace(spec, embedding_dim=512))
+        for spec in replay.points
+    ]
+    search = Search(SearchSpace(replay.points), OBJECTIVES)
+    assert search.propose([*wide, *known], 3) == search.propose(known, 3)
+    encoder = Encoder.of(replay.points)
+    warm = Search(SearchSpace(replay.points), OBJECTIVES, related={"toy": [*wide, *known]})
+    assert len(warm.transfer(MEMORY, encoder).sources) == 1
+    alone = Search(SearchSpace(replay.points), OBJECTIVES, related={"toy": known})
+    assert alone.transfer(MEMORY, encoder) is None
+
+
+def test_a_field_that_follows_another_one_adds_no_input():
+    points = [
+        dataclasses.replace(spec, learning_rate=1e-3 if spec.batch_size < 128 else 3e-3)
+        for spec in grid()
+    ]
+    names = [name for name, _, _ in Encoder.of(points).ordered]
+    assert names == ["batch_size", "max_seq_len", "num_negatives"]
 
 
 def test_pending_runs_are_believed_and_not_asked_again(replay):

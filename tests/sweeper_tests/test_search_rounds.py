@@ -16,7 +16,7 @@ dataset: toy
 loss: ce_minus
 batch_size: [32, 64, 128, 256]
 max_seq_len: [8, 16, 32]
-num_negatives: [4, 16, 64]
+num_negatives: [4, 16, 48]
 search:
   objectives: [ndcg_at_10, peak_train_memory_bytes]
   runs: 11
@@ -97,6 +97,21 @@ def test_other_budgets(searching, budget, runs):
     assert searching.launch(text).snapshot.counts == {"done": runs}
 
 
+SCREENED = GRID.replace("max_seq_len: [8, 16, 32]", "max_seq_len: [8, 16]\nmax_epochs: [2, 20]")
+
+
+def test_short_runs_come_first_and_are_recorded_as_such(searching):
+    text = SCREENED.replace("runs: 11", "runs: 3\n  screen: 8").replace("batch: 2", "batch: 4")
+    assert searching.launch(text).snapshot.counts == {"done": 11}
+    rows = query.rows(searching.url, "select max_epochs from runs order by id")
+    assert [row["max_epochs"] for row in rows] == [2] * 8 + [20] * 3
+
+
+def test_screening_needs_two_lengths_of_runs(searching):
+    with pytest.raises(SearchError, match=r"two values of max_epochs.*this one has 20$"):
+        searching.launch(GRID + "  screen: 4\n")
+
+
 def test_history_reads_back_what_was_stored(searching):
     searching.launch(GRID)
     history = read_history(searching.url)
@@ -122,7 +137,7 @@ def test_settings_are_read_with_units():
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
-        ("runs: 11", "", "toy.yaml:8: search needs a budget"),
+        ("runs: 11", "", "toy.yaml:7: search needs a budget"),
         ("runs: 11", "runs: 0", r"toy.yaml:9: runs=0 must be a number above 0"),
         ("runs: 11", "runs: 1.5", r"toy.yaml:9: runs=1.5 must be a whole number, 1 or more"),
         ("batch: 2", "bach: 2", "toy.yaml:10: unknown key 'bach'; did you mean 'batch'"),
