@@ -16,16 +16,17 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 from bench.measure import save, spread, table
 from bench.postgres import temporary_server
-from db import leases, query, reader
+from db import query, reader
 from db.connect import write_engine
 from db.measures import METRICS, RunResult, StepRecord
-from db.rows import STEP_COLUMNS, Batch, insert_batch
+from db.rows import STEP_COLUMNS
+from db.schema import METRIC_SUMMARY_COLUMNS, SPEC_COLUMNS
 from db.spec import RunSpec, RunStatus
 from db.store import DatasetRecord, PlannedRun, RunStore, WorkerInfo
 
@@ -72,7 +73,9 @@ def main(arguments: list[str]) -> int:
 def _database(backend: str) -> Iterator[str]:
     """A database on disk with every safety on, gone afterwards."""
     if backend == "postgres":
-        with temporary_server(durable=True, settings={"shared_buffers": "512MB"}) as server:
+        with temporary_server(
+            durable=True, settings={"shared_buffers": "512MB", "max_wal_size": "4GB"}
+        ) as server:
             yield server.url()
         return
     folder = tempfile.mkdtemp(prefix="srsweep-bench-")
@@ -177,9 +180,9 @@ def _write(url: str, key: str, seconds: float, barrier: Any, answers: Any) -> No
             barrier.wait(120)
             begin = time.perf_counter()
             while time.perf_counter() - begin < seconds:
-                for number in range(number, number + _PER_FLUSH):
-                    writer.step(_step(number))
-                number += 1
+                for step in range(number, number + _PER_FLUSH):
+                    writer.step(_step(step))
+                number += _PER_FLUSH
                 # a bound on what gathers in memory when training outruns the database
                 writer.flush()
             if not writer.finish(_result(number)):
@@ -195,40 +198,71 @@ def _result(rows: int) -> RunResult:
     )  # fmt: skip
 
 
-def _load(url: str, num_runs: int, num_steps: int) -> list[str]:
-    """Fill a database with finished runs: the writer's transactions without its thread."""
-    store, keys = _prepare(url, num_runs)
-    batch = Batch(
-        steps=[_row(number) for number in range(num_steps)],
-        evaluations=[
-            ("validation", metric, 10, step, 0, 0.1, 0.01, 1000)
-            for step in range(num_steps // 20, num_steps + 1, num_steps // 20)
-            for metric in METRICS
-        ],
+def _load_steps(url: str, num_runs: int, num_steps: int) -> list[str]:
+    """Fill a database with finished runs of many steps, made by the database itself."""
+    _, keys = _prepare(url, num_runs)
+    steps_with, steps_from = _times(url, "attempts", num_steps)
+    points_with, points_from = _times(url, "attempts", 20)
+    values = (
+        f"n.n, n.n / 1000, 7.0 / (1 + n.n), 0.1 + 1.0 / (1 + n.n), 1e-3, 0.0123 + n.n * 1e-9, "
+        f"25600 - n.n % 100, {3_000_000_000} + n.n, {4_000_000_000}, {3_500_000_000} + n.n"
     )
-    engine = write_engine(url)
-    for key in keys:
-        held = store.claim(key, WORKER)
-        if held is None:
-            raise RuntimeError(f"run {key[:12]} cannot be claimed")
-        with engine.begin() as connection:
-            insert_batch(connection, held.attempt_id, batch, fresh=True)
-            leases.finish(connection, held, _result(num_steps))
-    with engine.begin() as connection:
-        # a server's autovacuum does this within a minute
-        connection.exec_driver_sql("ANALYZE")
-    engine.dispose()
+    measured = " UNION ALL ".join(f"SELECT '{metric}' AS metric" for metric in METRICS)
+    statements = [
+        "UPDATE runs SET status = 'done'",
+        "INSERT INTO attempts (run_id, number, status, token, lease_seconds, started_at, "
+        "last_step, device_class) SELECT id, 1, 'done', 'x', 60, created_at, "
+        f"{num_steps - 1}, 'cpu' FROM runs ORDER BY id",
+        f"INSERT INTO steps (attempt_id, {', '.join(STEP_COLUMNS)}) {steps_with} "
+        f"SELECT a.id, {values} {steps_from}",
+        "INSERT INTO evaluations (attempt_id, split, metric, k, step, epoch, value, "
+        f"standard_error, num_users) {points_with} "
+        f"SELECT a.id, 'validation', m.metric, 10, (n.n + 1) * {num_steps // 20}, 0, 0.1, 0.01, "
+        f"1000 {points_from} CROSS JOIN ({measured}) AS m",
+        "INSERT INTO run_summary (run_id, device_class, attempt_id, status, finished_at, "
+        "ndcg_at_10, peak_train_memory_bytes) SELECT run_id, 'cpu', id, 'done', started_at, "
+        "0.1 + 1e-4 * run_id, 3500000000 FROM attempts",
+    ]
+    _execute(url, statements)
     return keys
 
 
-def _row(number: int) -> tuple[Any, ...]:
-    record = _step(number)
-    return tuple(getattr(record, name) for name in STEP_COLUMNS)
+def _times(url: str, table: str, count: int) -> tuple[str, str]:
+    """Common table and FROM clause: each row `a` of a table with the numbers n.n from 0."""
+    if url.startswith("sqlite"):
+        numbers = f"SELECT 0 UNION ALL SELECT n + 1 FROM n WHERE n < {count - 1}"
+        return f"WITH RECURSIVE n(n) AS ({numbers})", f"FROM {table} a CROSS JOIN n"
+    # the reference to `a` keeps the planner from turning the loops round
+    numbers = f"SELECT generate_series(0, {count - 1} + 0 * a.id) AS n"
+    return "", f"FROM {table} a CROSS JOIN LATERAL ({numbers}) AS n"
 
 
-def _read_times(url: str, backend: str, num_runs: int, num_steps: int) -> list[dict[str, object]]:
+def _execute(url: str, statements: list[str]) -> None:
+    """Run statements, then what a server's autovacuum does within a minute."""
+    is_sqlite = url.startswith("sqlite")
+    engine = write_engine(url)
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        if is_sqlite:
+            driver.execute("PRAGMA synchronous = OFF")
+            driver.execute("PRAGMA journal_mode = MEMORY")
+        with connection.begin():
+            for statement in statements:
+                driver.execute(statement)
+        if is_sqlite:
+            driver.execute("PRAGMA journal_mode = WAL")
+            driver.execute("ANALYZE")
+        else:
+            driver.autocommit = True
+            driver.execute("VACUUM (ANALYZE)")
+    engine.dispose()
+
+
+def _step_questions(
+    url: str, backend: str, num_runs: int, num_steps: int
+) -> list[dict[str, object]]:
     begin = time.perf_counter()
-    keys = _load(url, num_runs, num_steps)
+    keys = _load_steps(url, num_runs, num_steps)
     print(f"{backend}: {num_runs * num_steps:,} rows in {time.perf_counter() - begin:.0f} s")
     (count,) = query.rows(url, "SELECT count(*) AS n FROM steps")
     if count["n"] != num_runs * num_steps:
@@ -239,30 +273,112 @@ def _read_times(url: str, backend: str, num_runs: int, num_steps: int) -> list[d
         "JOIN runs r ON r.id = a.run_id WHERE r.run_key = :key ORDER BY s.step"
     )
     view = "SELECT step, loss, peak_bytes, ndcg_at_10 FROM run_steps WHERE run_key = :key"
-    rows: list[dict[str, object]] = []
+    whole = "SELECT * FROM run_steps WHERE run_key = :key"
     with reader.connected(url) as connection:
-        questions = {
+
+        def ask(sql: str) -> Callable[[], Sized]:
+            return lambda: reader.select(connection, sql, {"key": middle}).rows
+
+        questions: dict[str, tuple[Callable[[], Sized], int]] = {
             "runs listing": (lambda: query.listed(connection), num_runs),
-            "curve of one run": (
-                lambda: reader.select(connection, curve, {"key": middle}).rows,
-                num_steps,
-            ),
-            "view run_steps of one run": (
-                lambda: reader.select(connection, view, {"key": middle}).rows,
-                num_steps,
-            ),
+            "curve of one run": (ask(curve), num_steps),
+            "view run_steps of one run": (ask(view), num_steps),
+            "view run_steps of one run, all columns": (ask(whole), num_steps),
+            "steps_frame of one run": (lambda: query.steps_frame(url, middle), num_steps),
         }
-        for question, (ask, expected) in questions.items():
-            seconds = []
-            for _ in range(8):
-                start = time.perf_counter()
-                found = ask()
-                seconds.append(time.perf_counter() - start)
-                if len(found) != expected:
-                    raise RuntimeError(f"{question}: {len(found)} rows, not {expected}")
-            low, median, high = spread([1000 * s for s in seconds[1:]])
-            rows.append(
-                {"question": question, "database": backend, "median": median, "low": low,
-                 "high": high, "rounds": 7, "unit": "ms", "runs": num_runs, "steps": num_steps}
-            )  # fmt: skip
+        size = {"runs": num_runs, "steps": num_steps}
+        rows = [_answer(name, backend, *what, **size) for name, what in questions.items()]
+        if backend == "postgres":
+            rows += _server_times(connection, {"curve of one run": curve,
+                                  "view run_steps of one run": view}, middle, **size)  # fmt: skip
     return rows
+
+
+def _answer(
+    question: str, backend: str, ask: Callable[[], Sized], expected: int, **size: int
+) -> dict[str, object]:
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        found = ask()
+        seconds.append(time.perf_counter() - start)
+        if len(found) != expected:
+            raise RuntimeError(f"{question}: {len(found)} rows, not {expected}")
+    low, median, high = spread([1000 * s for s in seconds[1:]])
+    return {"question": question, "database": backend, "median": median, "low": low, "high": high,
+            "rounds": 7, "unit": "ms", **size}  # fmt: skip
+
+
+def _server_times(
+    connection: Any, statements: dict[str, str], key: str, **size: int
+) -> list[dict[str, object]]:
+    """Time inside the server, by EXPLAIN ANALYZE, without the way to the client."""
+    driver = connection.connection.driver_connection
+    found: list[dict[str, object]] = []
+    for question, sql in statements.items():
+        text = f"EXPLAIN (ANALYZE, TIMING OFF) {sql.replace(':key', chr(39) + key + chr(39))}"
+        plans = [[line for (line,) in driver.execute(text).fetchall()] for _ in range(8)]
+        times = [sum(float(line.split()[2]) for line in plan[-2:] if "Time:" in line)
+                 for plan in plans[1:]]  # fmt: skip
+        low, median, high = spread(times)
+        found.append(
+            {"question": f"{question}, in the server", "database": "postgres", "median": median,
+             "low": low, "high": high, "rounds": 7, "unit": "ms", **size}
+        )  # fmt: skip
+    driver.rollback()
+    return found
+
+
+def _load_runs(url: str, num_runs: int) -> None:
+    """Fill a database with finished runs that have every metric and no steps."""
+    _prepare(url, 1)
+    runs_with, runs_from = _times(url, "runs", num_runs)
+    drawn = {"seed": "n.n", "batch_size": "32 * (1 + n.n % 5)", "max_seq_len": "16 * (1 + n.n % 4)"}
+    spec = ", ".join(drawn.get(name, f"a.{name}") for name in SPEC_COLUMNS)
+    hexadecimal = (
+        "printf('%064x', n.n)" if url.startswith("sqlite") else "lpad(to_hex(n.n), 64, '0')"
+    )
+    status = "CASE n.n % 10 WHEN 9 THEN 'out_of_memory' ELSE 'done' END"
+    metrics = ", ".join(METRIC_SUMMARY_COLUMNS)
+    values = ", ".join(
+        f"0.0{i + 11} + 1e-7 * (id % {i + 7001})" for i in range(len(METRIC_SUMMARY_COLUMNS))
+    )
+    _execute(url, [
+        f"INSERT INTO runs (run_key, dataset_id, {', '.join(SPEC_COLUMNS)}, replicate, source, "
+        f"status, created_at, updated_at) {runs_with} SELECT {hexadecimal}, a.dataset_id, "
+        f"{spec}, 0, a.source, {status}, a.created_at, a.updated_at {runs_from}",
+        "DELETE FROM sweep_runs",
+        "DELETE FROM runs WHERE id = (SELECT min(id) FROM runs)",
+        "INSERT INTO sweep_runs (sweep_id, run_id, position) SELECT s.id, r.id, r.id "
+        "FROM sweeps s CROSS JOIN runs r",
+        "INSERT INTO attempts (run_id, number, status, token, lease_seconds, started_at, "
+        "last_step, device_class) SELECT id, 1, status, 'x', 60, created_at, 999, 'cpu' FROM runs",
+        "INSERT INTO run_summary (run_id, device_class, attempt_id, status, finished_at, timing, "
+        "memory_source, time_source, stop_reason, num_steps, num_epochs, best_step, "
+        "num_parameters, final_loss, peak_train_memory_bytes, peak_eval_memory_bytes, "
+        "epoch_seconds, evaluation_seconds, step_seconds, train_seconds, tokens_per_second, "
+        f"{metrics}) SELECT run_id, 'cpu', id, status, started_at, 'exclusive', 'resident', "
+        "'training_only', 'patience', 1000, 4, 800, 123456, 6.5, 3500000000 + run_id, "
+        f"2000000000, 12.5, 0.5, 0.01, 50.0, 12000.0, {values} FROM attempts",
+    ])  # fmt: skip
+
+
+def _run_questions(url: str, backend: str, num_runs: int) -> list[dict[str, object]]:
+    begin = time.perf_counter()
+    _load_runs(url, num_runs)
+    print(f"{backend}: {num_runs:,} runs in {time.perf_counter() - begin:.0f} s", flush=True)
+    filtered: dict[str, Any] = {"sweep": "bench", "status": "done", "limit": 50}
+    done = num_runs - num_runs // 10
+    questions: dict[str, tuple[Callable[[], Sized], int]] = {
+        "runs filtered, the 50 best": (
+            lambda: query.runs(url, order="-ndcg_at_10", **filtered), 50),
+        "runs filtered, the 50 smallest": (
+            lambda: query.runs(url, order="peak_train_memory_bytes", **filtered), 50),
+        "all runs filtered and sorted": (
+            lambda: query.runs(url, status="done", order="-ndcg_at_10"), done),
+        "summary_frame": (lambda: query.summary_frame(url), num_runs),
+    }  # fmt: skip
+    return [
+        _answer(name, backend, ask, expected, runs=num_runs)
+        for name, (ask, expected) in questions.items()
+    ]

@@ -33,7 +33,7 @@ else:
 _FORMS = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
 _CREDENTIALS = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 _PASSWORD_WORD = re.compile(r"(password\s*=\s*)('[^']*'|\S+)", re.IGNORECASE)
-_NETWORK_FILE_SYSTEMS = (
+NETWORK_FILE_SYSTEMS = (
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "afs", "9p", "ceph",
     "fuse.sshfs", "fuse.glusterfs", "glusterfs", "fuse.ceph", "fuse.gcsfuse", "fuse.s3fs",
 )  # fmt: skip
@@ -247,7 +247,7 @@ def check_local(url: str | URL) -> None:
     if path is None:
         return
     kind = file_system(path)
-    if kind in _NETWORK_FILE_SYSTEMS:
+    if kind in NETWORK_FILE_SYSTEMS:
         raise StoreError(
             f"{shown(url)} lies on {kind}, a network file system on which SQLite loses data; "
             "put it on a local disk or use PostgreSQL"

@@ -1,13 +1,15 @@
 """Schema versions: tables for a new database, upgrades for an older one, no for a newer one."""
 
+import sqlite3
 import time
 from importlib import resources
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from db.connect import shown
+from db.connect import reading, shown, sqlite_path, translated, write_engine
 from db.errors import SchemaVersionError, StoreError
 from db.schema import SCHEMA_VERSION, metadata
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 _ADVISORY_LOCK = 5_072_655_973_018_837
-_VERSION_TABLE = "alembic_version"
+VERSION_TABLE = "alembic_version"
 
 
 def version_of(connection: Connection) -> str | None:
@@ -27,12 +29,10 @@ def version_of(connection: Connection) -> str | None:
         There are tables, but not srsweep's.
     """
     names = set(sa.inspect(connection).get_table_names())
-    if _VERSION_TABLE in names and "run_summary" in names:
-        query = sa.text(f"SELECT version_num FROM {_VERSION_TABLE}")
+    if VERSION_TABLE in names and "run_summary" in names:
+        query = sa.text(f"SELECT version_num FROM {VERSION_TABLE}")
         return str(connection.execute(query).scalar_one())
-    if names & {_VERSION_TABLE, *metadata.tables} or (
-        names and connection.dialect.name == "sqlite"
-    ):
+    if names & {VERSION_TABLE, *metadata.tables} or (names and connection.dialect.name == "sqlite"):
         where = shown(connection.engine.url)
         raise StoreError(f"{where} holds tables that are not srsweep's; name another database")
     return None
@@ -87,6 +87,39 @@ def ensure(engine: Engine, *, upgrade: bool = False) -> None:
         if version is None or (upgrade and version in _revisions()):
             run_migrations(connection)
         check(connection)
+
+
+def back_up_older(url: str) -> Path | None:
+    """Copy a SQLite file whose schema is older than this srsweep's, before it is upgraded.
+
+    Returns
+    -------
+    pathlib.Path or None
+        The copy, `FILE.schema-VERSION`; None where nothing will be upgraded, or for PostgreSQL.
+
+    Raises
+    ------
+    StoreError
+        The file is not srsweep's, or the copy cannot be made.
+    """
+    path = sqlite_path(url)
+    if path is None or not path.exists() or path.stat().st_size == 0:
+        return None
+    engine = write_engine(url)
+    # a transaction that writes would wait for itself in the backup
+    with translated(url), reading(engine) as connection:
+        version = version_of(connection)
+        if version is None or version == SCHEMA_VERSION or version not in _revisions():
+            return None
+        copy = path.with_name(f"{path.name}.schema-{version}")
+        driver: Any = connection.connection.driver_connection
+        target = sqlite3.connect(copy)
+        try:
+            driver.backup(target)
+        finally:
+            target.close()
+    engine.dispose()
+    return copy
 
 
 def run_migrations(connection: Connection, revision: str = "head") -> None:

@@ -35,8 +35,9 @@ _ADMITTED = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
-_PRAGMAS = {"table_info", "table_xinfo", "table_list", "index_list", "index_info"}
-_ISOLATION = ("read_uncommitted", None)  # SQLAlchemy asks for it
+_PRAGMAS = {"table_info", "table_xinfo", "table_list", "index_list", "index_info", "quick_check"}
+# without a value these only tell; SQLAlchemy asks for the first
+_TELLING = {("read_uncommitted", None), ("journal_mode", None)}
 _REFUSED_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
 _LONGEST_VALUE = 64 * 2**20
 """Most bytes of one value that SQLite may make, so that no `randomblob` takes all memory."""
@@ -150,7 +151,7 @@ def _authorize(action: int, first: str | None, second: str | None, *_: str | Non
         return sqlite3.SQLITE_DENY
     if action in _ADMITTED:
         return sqlite3.SQLITE_OK
-    if action == sqlite3.SQLITE_PRAGMA and (first in _PRAGMAS or (first, second) == _ISOLATION):
+    if action == sqlite3.SQLITE_PRAGMA and (first in _PRAGMAS or (first, second) in _TELLING):
         return sqlite3.SQLITE_OK
     return sqlite3.SQLITE_DENY
 

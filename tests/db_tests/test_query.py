@@ -74,7 +74,6 @@ WRITES_SQLITE = [
     "SELECT * FROM runs; PRAGMA query_only = OFF",
     "PRAGMA query_only(0)",
     "PRAGMA main.journal_mode(off)",
-    "PRAGMA journal_mode",
     "PRAGMA schema_version = 1",
     "PRAGMA application_id(7)",
     "PRAGMA temp_store_directory = '.'",
