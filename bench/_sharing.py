@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.alias import AliasTable
 from kernels.linear_cross_entropy.api import linear_cross_entropy
 from kernels.negatives import Negatives
 
@@ -110,6 +111,50 @@ def sharing(shared: Path, epochs: int) -> list[dict[str, object]]:
             {"part": "sharing", "share": share, "num_items": num_items,
              "num_negatives": NUM_NEGATIVES, "tokens": BATCH, "draws": DRAWS,
              "trained_epochs": epochs, "grad_e_error": square[0] ** 0.5,
+             "grad_weight_error": square[1] ** 0.5}
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def corrections(shared: Path, epochs: int) -> list[dict[str, object]]:
+    """One row per logQ correction of popularity draws: bias and error of the gradients.
+
+    The bias is that of the mean over draws; what is left of the draws' own noise in it is the error
+    over the root of their number.
+    """
+    history, target, _, _, num_items = load_examples(_ratings(shared))
+    items = train((history, target), num_items, None, epochs, 0)
+    batch = torch.randperm(len(history), generator=torch.Generator().manual_seed(9))[:BATCH]
+    sample = (history[batch], target[batch])
+    exact = gradients(items, sample, None)
+    counts = torch.bincount(target, minlength=num_items) + 1
+    table = AliasTable.from_counts(counts)
+    draws = 8 * DRAWS
+    rows: list[dict[str, object]] = []
+    for name, logq, hits in (
+        ("none", False, "mask"), ("logq", True, "mask"), ("exclude", True, "exclude"),
+        ("refined", "refined", "mask"), ("classic", "classic", "mask"),
+    ):  # fmt: skip
+        mean = [torch.zeros_like(t) for t in exact]
+        square = [0.0, 0.0]
+        for draw in range(draws):
+            negatives = Negatives(
+                NUM_NEGATIVES, sampler=table, share=128, logq=logq, hits=hits, seed=1000 + draw  # type: ignore[arg-type]
+            )  # fmt: skip
+            for place, got in enumerate(gradients(items, sample, negatives)):
+                mean[place] += got / draws
+                error = (got - exact[place]).square().sum() / exact[place].square().sum()
+                square[place] += float(error) / draws
+        bias = [
+            float((m - t).square().sum() / t.square().sum()) ** 0.5
+            for m, t in zip(mean, exact, strict=True)
+        ]
+        rows.append(
+            {"part": "corrections", "correction": name, "sampler": "popularity", "share": 128,
+             "num_items": num_items, "num_negatives": NUM_NEGATIVES, "tokens": BATCH,
+             "draws": draws, "trained_epochs": epochs, "grad_e_bias": bias[0],
+             "grad_e_error": square[0] ** 0.5, "grad_weight_bias": bias[1],
              "grad_weight_error": square[1] ** 0.5}
         )  # fmt: skip
         print(rows[-1], flush=True)

@@ -4,6 +4,8 @@
 `python -m bench kernels --part sizes`    peak memory and time against catalog size (SCE's Fig. 6)
 `python -m bench kernels --part sharing`  gradient error of shared negatives, real data
 `python -m bench kernels --part quality`  NDCG@10 after training with them
+`python -m bench kernels --part corrections` what each logQ correction does to the gradient
+`python -m bench kernels --figure DIR`    the rows of `sizes` drawn, as SVG and PNG
 `python -m bench kernels --part aot`      registers, shared memory and spills, without a GPU
 `python -m bench kernels --part gpu`      the paper's six shapes on a GPU, rooflines and peers
 `python -m bench kernels --part gpu-sizes` memory and time against catalog size on a GPU
@@ -17,12 +19,13 @@ former compare.
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -50,8 +53,14 @@ SHAPES = {
     "beauty": (32_768, 176_000, 511),
 }
 """The paper's Table 4: tokens N, items V, negatives ns; D = 256."""
-CPU_PARTS = ("speed", "sizes", "sharing", "quality", "aot")
+CPU_PARTS = ("speed", "sizes", "sharing", "quality", "corrections", "aot")
 GPU_PARTS = ("gpu", "gpu-sizes")
+FILES = {
+    "sizes": "kernels_catalog", "gpu-sizes": "kernels_catalog", "sharing": "kernels_sharing",
+    "quality": "kernels_sharing", "corrections": "kernels_corrections", "aot": "kernels_aot",
+    "gpu": "kernels_gpu",
+}  # fmt: skip
+"""CSV of each part; the others share one."""
 CATALOGS = [1_000, 10_000, 100_000, 1_000_000, 10_000_000]
 WIDTH = 256
 HBM_BYTES_PER_SECOND = 3.0e12
@@ -151,15 +160,26 @@ def measure_here(step: Step, num_tokens: int, num_items: int, width: int, repeat
 
 
 def in_process(**job: object) -> Row:
-    """`measure_here` in a fresh process; memory and time are its own."""
-    command = [sys.executable, "-m", "bench", "kernels", "--job", json.dumps(job)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if result.returncode:
-        reason = "killed for memory" if result.returncode < 0 else result.stderr.strip()[-200:]
-        return {"error": reason}
-    row: Row = json.loads(result.stdout.splitlines()[-1])
+    """`measure_here` in a process forked for it; memory and time are its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(job, sender))
+    process.start()
+    sender.close()
+    try:
+        row: Row = receiver.recv()
+    except EOFError:
+        row = {"error": "killed for memory"}
+    process.join()
     return row
+
+
+def _answer(job: dict[str, object], sender: Connection) -> None:
+    try:
+        row = run_job(job)
+    except (RuntimeError, MemoryError) as problem:
+        row = {"error": str(problem).strip().splitlines()[0][:120]}
+    sender.send(row)
 
 
 def run_job(job: dict[str, object]) -> Row:
@@ -255,10 +275,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--shared", type=Path, default=os.environ.get("SRSWEEP_SHARED"))
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--figure", type=Path, help="draw the rows in --out into this folder")
     options = parser.parse_args(arguments)
-    if options.job:
-        print(json.dumps(run_job(json.loads(options.job))))
+    if options.figure:
+        from bench._kernels_figure import draw_catalog
+
+        print(*draw_catalog(options.out / "kernels_catalog.csv", options.figure), sep="\n")
         return 0
     gpu = torch.cuda.is_available()
     if os.environ.get("SRSWEEP_REQUIRE_GPU") == "1" and not gpu:
@@ -275,14 +297,14 @@ def main(arguments: Sequence[str]) -> int:
             for row in catalog_sizes(sizes, options.widths, 1024, 0.6 * free):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-        elif part in ("sharing", "quality"):
-            from bench._sharing import quality, sharing
+        elif part in ("sharing", "quality", "corrections"):
+            from bench._sharing import corrections, quality, sharing
 
             if options.shared is None:
                 print("sharing reads real data: give --shared or SRSWEEP_SHARED", file=sys.stderr)
                 return 1
-            measured = sharing if part == "sharing" else quality
-            rows = measured(Path(options.shared), options.epochs)
+            table = {"sharing": sharing, "quality": quality, "corrections": corrections}
+            rows = table[part](Path(options.shared), options.epochs)
         elif part == "aot":
             rows = list(compiled_rows())
         elif part == "gpu":
@@ -294,15 +316,7 @@ def main(arguments: Sequence[str]) -> int:
 
             rows = gpu_catalog_rows(options.sizes or CATALOGS, options.widths, options.rounds)
         print(measure.table(rows))
-        name = {
-            "sizes": "kernels_catalog",
-            "sharing": "kernels_sharing",
-            "quality": "kernels_sharing",
-            "aot": "kernels_aot",
-            "gpu": "kernels_gpu",
-            "gpu-sizes": "kernels_catalog",
-        }.get(part, "kernels")
-        measure.save(name, rows, options.out)
+        measure.save(FILES.get(part, "kernels"), rows, options.out)
     return 0
 
 
