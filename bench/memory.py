@@ -6,6 +6,7 @@ calibrated on the other runs of the dataset, and on the other datasets.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from bench.search import SHAPES, load_replays
 from db.measures import EvaluationRecord, HistogramRecord, StepRecord
 from db.spec import FULL_LOSSES, RunSpec
 from sweeper.memory_model import MemoryModel, Shape, calibrate
+from sweeper.search.history import read_history
 from sweeper.search.space import MEMORY
 from trainer.data.dataset import Dataset, load_dataset
 from trainer.loop import TrainingInterrupted, TrainOptions, train
@@ -134,6 +136,31 @@ def own_rows(
     return rows, fitted
 
 
+def database_rows(url: str) -> list[dict[str, object]]:
+    """Relative errors on the finished runs of a database, seeds averaged, by loss and over all."""
+    history = read_history(url).on_device(None)
+    peaks: dict[RunSpec, list[float]] = {}
+    for runs in history.runs.values():
+        for observation in (run.observation for run in runs):
+            value = observation.value(MEMORY)
+            if value is not None and observation.spec.dataset in history.shapes:
+                spec = dataclasses.replace(observation.spec, seed=0)
+                peaks.setdefault(spec, []).append(value)
+    found = list(peaks)
+    rows = []
+    for loss in (*sorted({spec.loss for spec in found}), None):
+        chosen = [spec for spec in found if loss in (None, spec.loss)]
+        fitted = calibrate(
+            chosen,
+            [history.shapes[spec.dataset] for spec in chosen],
+            [float(np.mean(peaks[spec])) for spec in chosen],
+        )
+        rows.append(
+            _row(f"own {loss or 'all'}", "point left out, seeds averaged", fitted.relative_errors)
+        )
+    return rows
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__)
     parser.add_argument("--data", default="data/demo,data/movietweetings", help="prepared datasets")
@@ -141,12 +168,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--losses", default="bce,bce_plus,gbce,ce,ce_minus,cce,cce_minus,sce")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--published", action="store_true", help="only the published runs")
+    parser.add_argument("--database", default=None, help="finished runs instead of new steps")
     parser.add_argument("--save", action="store_true", help="append to bench/results/memory.csv")
     options = parser.parse_args(list(arguments))
     rows: list[dict[str, object]] = []
     if os.environ.get("SRSWEEP_SHARED"):
         rows += published_rows(Path(os.environ["SRSWEEP_SHARED"]) / "paper" / "experiments.csv")
-    if not options.published:
+    if options.database:
+        rows += database_rows(options.database)
+    elif not options.published:
         folders = [Path(name) for name in options.data.split(",")]
         own, fitted = own_rows(
             folders, options.models.split(","), options.losses.split(","), options.device
