@@ -86,8 +86,7 @@ def sampled_cross_entropy(
     Tensor, shape ()
         Mean over targets.
     """
-    positive = _scores(hidden, weight, targets[:, None], bias)
-    negative = _scores(hidden, weight, negatives, bias)
+    positive, negative = _positive_and_negative(hidden, weight, targets, negatives, bias)
     hit = negatives == targets[:, None]
     if correction:
         misses = (negatives.shape[1] - hit.sum(dim=1, keepdim=True)).clamp_min(1)
@@ -120,9 +119,8 @@ def binary_cross_entropy(
     Tensor, shape ()
         Sum over a target and its negatives, mean over targets.
     """
-    positive = _scores(hidden, weight, targets[:, None], bias).float()
-    negative = _scores(hidden, weight, negatives, bias).float()
-    total = F.softplus(-positive).sum() + F.softplus(negative).sum()
+    positive, negative = _positive_and_negative(hidden, weight, targets, negatives, bias)
+    total = F.softplus(-positive.float()).sum() + F.softplus(negative.float()).sum()
     return total / targets.shape[0]
 
 
@@ -138,6 +136,18 @@ def uniform_others(targets: Tensor, num: int, num_items: int, seed: int) -> Tens
     """Independent uniform items besides each target, shape (T, num), int64."""
     drawn = uniform_items(len(targets), num, num_items - 1, seed, targets.device)
     return drawn + (drawn >= targets[:, None])
+
+
+def _positive_and_negative(
+    hidden: Tensor, weight: Tensor, targets: Tensor, negatives: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores of the target, shape (T, 1), and of its negatives, shape (T, N).
+
+    One gather for both: the backward pass of each fills a gradient of the size of `weight`.
+    """
+    items = torch.cat([targets[:, None], negatives], dim=1)
+    positive, negative = _scores(hidden, weight, items, bias).split([1, negatives.shape[1]], dim=1)
+    return positive, negative
 
 
 def _scores(hidden: Tensor, weight: Tensor, items: Tensor, bias: Tensor | None) -> Tensor:
