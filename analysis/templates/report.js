@@ -9,7 +9,10 @@
   const memory = "peak_train_memory_bytes";
   const quality = "ndcg_at_10";
   const palette = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494"];
-  const ordinal = ["#a8db34", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154"];
+  const ordinals = {
+    light: ["#a8db34", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154"],
+    dark: ["#fde725", "#addc30", "#5ec962", "#28ae80", "#2c9aa5", "#6b93d6", "#a78bda"],
+  };
   const pageSize = 50;
   const hidden = new Map(Object.keys(data.brushes).map((name) => [name, new Set()]));
   const state = { x: measures.has(memory) ? memory : data.measures[0].name,
@@ -55,7 +58,16 @@
     const wide = !measures.get(name).maximise && values.length && Math.max(...values) / Math.min(...values) > 8;
     return { title: { text: measures.get(name).label }, type: wide ? "log" : "linear",
       gridcolor: token("--grid"), zerolinecolor: token("--grid"), automargin: true,
-      ...(wide ? { dtick: "D2" } : {}) };
+      ...(wide ? logTicks(Math.min(...values), Math.max(...values)) : {}) };
+  };
+  const logTicks = (low, high) => {
+    const decades = Math.log10(high / low);
+    const steps = decades < 2.5 ? [1, 2, 5] : decades < 4 ? [1, 3] : [1];
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
+      for (const step of steps) found.push(Number((step * 10 ** power).toPrecision(3)));
+    }
+    return { tickvals: found, ticktext: found.map(String) };
   };
   const budgetLine = () => state.x !== memory || !Number.isFinite(state.budget) ? [] : [{ type: "line", xref: "x",
     yref: "paper", x0: state.budget, x1: state.budget, y0: 0, y1: 1, line: { color: token("--accent"), width: 1.5, dash: "dot" } }];
@@ -63,6 +75,7 @@
   const traces = (rows) => {
     const values = data.brushes[state.color];
     const numbers = values.filter((v) => typeof v === "number");
+    const ordinal = ordinals[document.documentElement.dataset.theme] || ordinals.light;
     const colorOf = (value) => {
       const place = numbers.indexOf(value);
       if (place >= 0) return ordinal[Math.round(place * (ordinal.length - 1) / Math.max(1, numbers.length - 1))];
@@ -77,7 +90,7 @@
       type: kind, mode: "markers", name: `${names[state.color]} ${show(value, state.color)}`,
       x: group.map((row) => columns[state.x][row]), y: group.map((row) => columns[state.y][row]),
       text: group.map(hover), customdata: group, hovertemplate: "%{text}<extra></extra>",
-      marker: { color: colorOf(value), line: { width: 0.4, color: "#ffffff" }, opacity: 0.85,
+      marker: { color: colorOf(value), line: { width: 0.4, color: token("--bg") }, opacity: 0.85,
         size: group.map((row) => 5 + 2 * Math.max(0, Math.log2(columns.max_seq_len[row] / 16) / 1.6)),
         symbol: group.map((row) => columns.num_negatives[row] === null ? "star" : "circle") },
     }));

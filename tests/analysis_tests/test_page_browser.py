@@ -96,3 +96,9 @@ def test_brushing_hides_runs_everywhere(page):
     tab.locator("#theme").click()
     assert tab.evaluate("document.documentElement.dataset.theme") in {"dark", "light"}
     assert trouble == []
+
+
+def test_a_row_of_the_table_is_a_line_high(page):
+    tab, _ = page
+    heights = [row.bounding_box()["height"] for row in tab.locator("#table tbody tr").all()[:5]]
+    assert max(heights) < 60
