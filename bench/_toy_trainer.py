@@ -166,6 +166,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--cpus", type=float, default=2)
     parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--spool-dir", type=Path)
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--retries", type=int, default=3)
     parser.add_argument("--stall-seconds", type=float, default=1800.0)
     asked = parser.parse_args(words)
@@ -180,6 +181,7 @@ def main(words: list[str]) -> int:
         stall_seconds=asked.stall_seconds,
         retries=RetryLimits(lost=asked.retries),
         spool_dir=asked.spool_dir,
+        reuse_workers=not asked.cold,
         trainer="bench._toy_trainer:train",
     )
     outcome = launch(load_grid(asked.grid), options, PlainDisplay())

@@ -204,16 +204,22 @@ class Agenda:
                 return None
             if self._on_gpus and min(min(used) for used in self._used) > 1 - 0.01 + _EPSILON:
                 return None
-            for number, candidate in enumerate(self._waiting[:WINDOW]):
-                if self._is_held(candidate):
-                    continue
-                task = self._start(candidate)
-                if task is not None:
-                    del self._waiting[number]
-                    return task
-                if not self._on_gpus:
-                    return None
+            return self._first(lenient=False) or self._first(lenient=True)
+
+    def _first(self, *, lenient: bool) -> Task | None:
+        """Start the first run that has room; `lenient` where a GPU would be idle otherwise."""
+        if lenient and not self._undecided:
             return None
+        for number, candidate in enumerate(self._waiting[:WINDOW]):
+            if self._is_held(candidate, lenient=lenient):
+                continue
+            task = self._start(candidate)
+            if task is not None:
+                del self._waiting[number]
+                return task
+            if not self._on_gpus:
+                return None
+        return None
 
     def _start(self, candidate: Candidate) -> Task | None:
         resources = self._resources
@@ -309,14 +315,18 @@ class Agenda:
             self._forecasts[candidate.key] = self._forecaster.predict(candidate.spec)
         return self._forecasts[candidate.key]
 
-    def _is_doubtful(self, candidate: Candidate) -> bool:
+    def _is_doubtful(self, candidate: Candidate, *, lenient: bool = False) -> bool:
+        """Whether a run may not fit on any device; `lenient`: whether it probably does not."""
         largest = self._site.largest_memory_bytes
         forecast = self._forecast(candidate) if self._on_gpus and largest else None
-        return forecast is not None and forecast.expected + CONTEXT_BYTES > (largest or 0)
+        if forecast is None:
+            return False
+        needed = forecast.expected if lenient else forecast.upper
+        return needed + CONTEXT_BYTES > (largest or 0)
 
-    def _is_held(self, candidate: Candidate) -> bool:
+    def _is_held(self, candidate: Candidate, *, lenient: bool) -> bool:
         """Whether a smaller run of its kind decides first whether this one can fit at all."""
-        if not self._undecided or not self._is_doubtful(candidate):
+        if not self._undecided or not self._is_doubtful(candidate, lenient=lenient):
             return False
         rivals = self._undecided.get(shape_of_memory(candidate.spec), [])
         return any(_precedes(rival, candidate) for rival in rivals)

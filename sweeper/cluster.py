@@ -223,7 +223,7 @@ def ask_nodes(session: Session, database: str, data_dir: str) -> dict[str, NodeR
         try:
             report = ray.get(answer, timeout=_ANSWER_SECONDS)
             sent = time.time()
-            theirs = ray.get(on(node, time.time).remote(), timeout=_ANSWER_SECONDS)
+            theirs = ray.get(on(node, _clock).remote(), timeout=_ANSWER_SECONDS)
         except Exception as error:
             reason = " ".join(str(error).split())[-300:]
             raise LaunchError(
@@ -236,6 +236,10 @@ def ask_nodes(session: Session, database: str, data_dir: str) -> dict[str, NodeR
             report, clock_seconds=0.0 if abs(skew) < half_trip else skew
         )
     return reports
+
+
+def _clock() -> float:
+    return time.time()
 
 
 def _this_driver(data_dir: str) -> NodeReport:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from db.errors import LaunchError, SpecError
-from db.spec import FULL_LOSSES, RunSpec
+from db.spec import FULL_LOSSES, RunSpec, field_types
 from sweeper.grid import Resources
 
 
@@ -78,8 +78,15 @@ def dominates(larger: RunSpec, smaller: RunSpec) -> bool:
     Same dataset, model, loss and everything else that shapes memory; batch size, sequence length
     and negatives all at least as large. A null `num_negatives` is the whole catalog.
     """
-    if larger == smaller or shape_of_memory(larger) != shape_of_memory(smaller):
-        return False
+    return (
+        at_least(larger, smaller)
+        and larger != smaller
+        and shape_of_memory(larger) == shape_of_memory(smaller)
+    )
+
+
+def at_least(larger: RunSpec, smaller: RunSpec) -> bool:
+    """Whether every size of a run is at least that of another of the same `shape_of_memory`."""
     return (
         larger.batch_size >= smaller.batch_size
         and larger.max_seq_len >= smaller.max_seq_len
@@ -108,6 +115,7 @@ _NO_MEMORY = {
     "mask_probability",
 }
 """Fields that no training step's memory depends on."""
+_KIND = tuple(name for name in field_types() if name not in _SIZES | _NO_MEMORY)
 
 
 def same_sizes(one: RunSpec, other: RunSpec) -> bool:
@@ -115,13 +123,9 @@ def same_sizes(one: RunSpec, other: RunSpec) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in _SIZES)
 
 
-def shape_of_memory(spec: RunSpec) -> tuple[tuple[str, object], ...]:
+def shape_of_memory(spec: RunSpec) -> tuple[object, ...]:
     """Everything but the three sizes that memory depends on; runs compare within one only."""
-    return tuple(
-        (name, value)
-        for name, value in spec.to_dict().items()
-        if name not in _SIZES and name not in _NO_MEMORY
-    )
+    return tuple(getattr(spec, name) for name in _KIND)
 
 
 def dominated(
@@ -141,7 +145,7 @@ def dominated(
     dict of str to str
         Key of each dominated run -> key of the run that proves it.
     """
-    by_kind: dict[tuple[tuple[str, object], ...], list[tuple[str, RunSpec]]] = {}
+    by_kind: dict[tuple[object, ...], list[tuple[str, RunSpec]]] = {}
     for key, spec in infeasible:
         by_kind.setdefault(shape_of_memory(spec), []).append((key, spec))
     found: dict[str, str] = {}

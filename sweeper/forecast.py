@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from db.spec import RunSpec
-from sweeper.feasibility import dominates, same_sizes, shape_of_memory
+from sweeper.feasibility import at_least, same_sizes, shape_of_memory
 from sweeper.memory_model import MemoryModel, Shape, calibrate
 from sweeper.plan import CONTEXT_BYTES
 
@@ -56,6 +56,7 @@ class MemoryForecaster:
     ) -> None:
         self._shapes = shapes
         self._padded = padded
+        self._known: dict[object, Forecast] = {}
         self._by_kind: dict[object, list[Measured]] = {}
         by_loss: dict[tuple[str, str], list[Measured]] = {}
         for run in measured:
@@ -84,7 +85,13 @@ class MemoryForecaster:
         spec : RunSpec
             Of one of the datasets given.
         """
-        runs = self._by_kind.get(shape_of_memory(spec), [])
+        kind = shape_of_memory(spec)
+        sizes = (kind, spec.batch_size, spec.max_seq_len, spec.num_negatives)
+        if sizes not in self._known:
+            self._known[sizes] = self._predict(spec, self._by_kind.get(kind, []))
+        return self._known[sizes]
+
+    def _predict(self, spec: RunSpec, runs: Sequence[Measured]) -> Forecast:
         repeats = [run.peak_bytes for run in runs if same_sizes(run.spec, spec)]
         if repeats:
             return Forecast(max(repeats), MARGIN * max(repeats), "repeat")
@@ -92,7 +99,7 @@ class MemoryForecaster:
         made = model.predict(spec, self._shapes[spec.dataset])
         evidence = "model" if model.num_runs else "formula"
         found = Forecast(made.bytes, MARGIN * made.high, evidence)
-        above = [run.peak_bytes for run in runs if dominates(run.spec, spec)]
+        above = [run.peak_bytes for run in runs if at_least(run.spec, spec)]
         if above and MARGIN * min(above) < found.upper:
             return Forecast(min(found.expected, min(above)), MARGIN * min(above), "larger")
         return found

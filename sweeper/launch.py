@@ -50,6 +50,7 @@ from sweeper.site import cluster_site, local_site, measured_runs, shapes_of
 from sweeper.worker import WorkerSettings
 
 _KILLED_FOR_MEMORY = "its process is gone, and the kernel killed for want of host memory meanwhile"
+_SHOWN_ERRORS = 3
 _IDLE_ROUNDS = 3
 """Rounds in which no run could even be claimed before the launch gives up."""
 
@@ -83,6 +84,8 @@ class LaunchOptions:
     poll_seconds: float = 2.0
     stall_seconds: float | None = 1800.0
     """A run whose training reports nothing for so long is ended and tried again."""
+    reuse_workers: bool = True
+    """Let a CPU worker process take one run after another; on GPUs each has its own."""
     away_seconds: float = 3600.0
     """How long the planner waits for a run database that went away."""
     spool_dir: Path | None = None
@@ -328,11 +331,13 @@ class _Sweep:
                 errors = self._round(session, signals)
                 idle = 0 if self._num_attempts() > before else idle + 1
                 away_since = None
-            except StoreError as error:
+                for error in dict.fromkeys(errors[:_SHOWN_ERRORS]):
+                    self._display.note(f"a worker ended without an answer: {error}")
+            except StoreError:
                 # the monitor has told the user; workers write to their spools meanwhile
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > self._options.away_seconds:
-                    raise error
+                    raise
                 signals.sleep(self._options.poll_seconds)
                 continue
             if errors and idle >= _IDLE_ROUNDS:
@@ -344,7 +349,7 @@ class _Sweep:
 
         now = Round(self._agenda, self._take, signals.check, self._refill)
         # leftovers in GPU memory would falsify the next run's figures
-        reuse = not self._resources.gpus
+        reuse = self._options.reuse_workers and not self._resources.gpus
         try:
             return run_round(now, self._settings, session.folder, reuse=reuse)
         except Exception as error:

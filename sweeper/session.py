@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +17,12 @@ from sweeper.device import process_is_alive, process_space
 
 _FOLDER_PREFIX = f"srs-{process_space()[:8]}-"
 _MIN_OBJECT_STORE = 80 * 2**20
+_ANSWER_SECONDS = 5.0
 
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with 1, verbose=0 still prints a box
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_NUM_REDIS_GET_RETRIES": "3",  # seconds until a wrong token is believed; 20 by default
     "RAY_memory_monitor_refresh_ms": "0",  # its kills end the whole of Tuner.fit
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -123,14 +127,51 @@ def _connect(
                 **common,
             )
         else:
-            ray.init(address=address, **common)
+            _require_answer(address)
+            with _silent_stderr():
+                ray.init(address=address, **common)
+    except LaunchError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
+        if "ersion mismatch" in reason:
+            raise LaunchError(
+                f"the Ray cluster at {address!r} runs other versions than this driver: {reason}"
+            ) from error
         if address is None:
             raise LaunchError(f"Ray cannot start on this machine: {reason}") from error
         raise LaunchError(
-            f"no Ray cluster can be reached at {address!r}: {reason}; check the address, that "
-            "'ray start --head' runs there, and RAY_AUTH_TOKEN"
+            f"what listens at {address!r} does not let this driver in: {reason}; check that it is "
+            "the head of a Ray cluster, and that RAY_AUTH_TOKEN is the token of its nodes"
+        ) from error
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep what Ray's C++ parts say about each failed try off the terminal."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _require_answer(address: str) -> None:
+    """Refuse an address where nothing listens; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise LaunchError(f"--address {address!r} must be the HOST:PORT of a cluster's head")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise LaunchError(
+            f"no Ray cluster can be reached at {address!r}: {error}; check the address, that "
+            "'ray start --head' runs there, and the firewall between"
         ) from error
 
 
