@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy import api, ops, torch_sampled
+from kernels.linear_cross_entropy import api, checks, ops, torch_sampled
 from kernels.linear_cross_entropy.problem import (
     GradientFilter,
     LogitOptions,
@@ -86,9 +86,9 @@ def scalable_cross_entropy(
     >>> scalable_cross_entropy(e, weight, torch.randint(500, (64,)), bucket_size_y=32).shape
     torch.Size([])
     """
-    e, weight, _ = api._autocast(e, weight, None)
-    target = api._check_inputs(e, weight, None, target, ignore_index, validate)
-    api._check_reduction(reduction, sample_weight, num_items, target)
+    e, weight, _ = checks.autocast(e, weight, None)
+    target = checks.check_inputs(e, weight, None, target, ignore_index, validate)
+    checks.check_reduction(reduction, sample_weight, num_items, target)
     num_buckets, size_x = bucket_shape(len(e), alpha, beta, bucket_size_x)
     if bucket_size_y < 1:
         raise ValueError(f"bucket_size_y={bucket_size_y} must be 1 or more")
