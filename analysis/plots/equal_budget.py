@@ -100,7 +100,7 @@ def plot_equal_budget(
         values = [*group[data.metric], group[data.metric].iloc[-1]]
         axis.step(costs, values, where="post", color=colors[str(loss)], linewidth=1.3)
         axis.plot(costs[:-1], values[:-1], "o", color=colors[str(loss)], markersize=2.2)
-    style.log_if_wide(axis, mine[data.cost] / unit)
+    style.log_if_wide(axis, pd.Series([*mine[data.cost], data.ends[dataset]]) / unit)
     return axis
 
 
