@@ -82,6 +82,17 @@ class Node:
             raise RuntimeError(f"{self.name}: {command}: {done.stdout[-900:]}{done.stderr[-900:]}")
         return done
 
+    def start(self, command: str) -> "subprocess.Popen[bytes]":
+        """Start a command line in there that goes on."""
+        return subprocess.Popen(
+            ["nsenter", "--target", str(self._holder.pid), "--mount", "--uts", "--net",
+             "bash", "-c", command],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
     def close(self) -> None:
         """End every process in there, each by its id."""
         mine = self._space(self._holder.pid)
@@ -130,10 +141,14 @@ def network(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reachable_server() -> Iterator[PostgresServer]:
+def reachable_server(port: int | None = None) -> Iterator[PostgresServer]:
     """A PostgreSQL server that both nodes reach."""
     settings = {"listen_addresses": f"127.0.0.1,{HEAD_IP}"}
     with temporary_server(settings=settings) as server:
+        if port is not None:
+            server.stop()
+            server.port = port
+            server.start()
         with (server._data / "pg_hba.conf").open("a") as file:
             file.write(f"host all all {HEAD_IP}/24 scram-sha-256\n")
         assert server.pid is not None

@@ -154,6 +154,8 @@ def run_round(now: Round, settings: WorkerSettings, folder: Path, *, reuse: bool
             storage_path=str(folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
+            # the default saves at the end, which fails where nodes share no file system
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[_Feed(name)],
         ),
     )
