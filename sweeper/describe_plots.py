@@ -98,8 +98,10 @@ def plot_drift(axes: Axes, rows: list[Row]) -> Axes:
     for name, label, style, color in series:
         points = [(row["period"], row[name]) for row in rows if row[name] is not None]
         axes.plot(*zip(*points, strict=True), style, color=color, label=label)
-    axes.set(xlabel="period", ylabel="share", ylim=(-0.02, 1.02))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axes.set(xlabel="period begins", ylabel="share", ylim=(-0.02, 1.02))
+    labels = [row["begins"] for row in rows]
+    axes.set_xticks([row["period"] for row in rows], labels, rotation=45, ha="right", fontsize=8)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), fontsize=8, ncols=2)
     return axes
 
 

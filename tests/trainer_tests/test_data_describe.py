@@ -70,13 +70,14 @@ def test_tables_add_up(dataset):
 def test_drift_of_a_catalog_that_changes_completely(tmp_path):
     """Ten items for each twelfth of the time; the last two twelfths share theirs."""
     rng = np.random.default_rng(0)
-    times = np.arange(1, 12_001)
+    times = np.arange(1, 12_001)  # the first hours of 1970
     items = np.minimum((times - 1) // 1000, 10) * 10 + rng.integers(0, 10, len(times))
     users = rng.integers(0, 50, len(times))
     found = prepare(InteractionsSource(Interactions(users, items, times)), tmp_path / "out")
     drift = describe(found).drift
     assert [row["rows"] for row in drift] == [1000] * 12
     assert [row["items"] for row in drift] == [10] * 12
+    assert {row["begins"] for row in drift} == {"1970-01-01"}
     assert [row["new_item_row_share"] for row in drift] == [None, *[1.0] * 10, 0.0]
     assert [row["top_overlap_previous"] for row in drift] == [None, *[0.0] * 10, 1.0]
     assert [row["top_overlap_first"] for row in drift] == [None, *[0.0] * 11]

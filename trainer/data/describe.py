@@ -1,5 +1,6 @@
 """What a practitioner looks at before training: lengths, popularity, repeats, ties, cold, drift."""
 
+import datetime as dt
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ TOP_ITEMS = 100
 """Most popular items whose change from period to period is drift."""
 
 _BLOCK_ROWS = 1 << 22
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _CURVE_POINTS = 200
 _LENGTH_BINS = 40
 
@@ -42,8 +44,9 @@ class Description:
     popularity: list[Row]
     """Training rows by popularity rank: `rank`, `rows`, `cumulated_row_share`."""
     drift: list[Row]
-    """By period of time: `rows`, `users`, `items`, `new_item_row_share` and the overlaps of the
-    most popular items with the period before and with the first one. Cold items are not in it."""
+    """By period of time: the date when it `begins`, `rows`, `users`, `items`,
+    `new_item_row_share` and the overlaps of the most popular items with the period before and with
+    the first one. Cold items are not in it."""
 
 
 def describe(dataset: Dataset) -> Description:
@@ -209,7 +212,7 @@ def _drift(dataset: Dataset) -> list[Row]:
         result.append(
             {
                 "period": period + 1,
-                "begins": round(first + period * width),
+                "begins": _date(first + period * width),
                 "rows": total,
                 "users": int(is_active[period].sum()),
                 "items": int((counts > 0).sum()),
@@ -222,6 +225,10 @@ def _drift(dataset: Dataset) -> list[Row]:
         )
         known |= counts > 0
     return result
+
+
+def _date(seconds: float) -> str:
+    return (_EPOCH + dt.timedelta(seconds=seconds)).date().isoformat()
 
 
 def _extent(times: Int64Array) -> tuple[int, int]:
