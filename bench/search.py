@@ -219,6 +219,7 @@ def draw(table: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     batches = sorted({row["batch"] for row in table})
+    num_grids = len({row["dataset"] for row in table})
     figure = Figure(figsize=(4.2 * len(batches), 3.4), layout="constrained")
     axes = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for axis, batch in zip(axes, batches, strict=True):
@@ -227,6 +228,8 @@ def draw(table: Sequence[Row], path: Path) -> None:
             for row in table:
                 if (row["sampler"], row["batch"]) == (sampler, batch):
                     means.setdefault(row["share"], []).append(row["mean"])
+            # a sampler that was not measured on every grid yet has no mean over them
+            means = {share: found for share, found in means.items() if len(found) == num_grids}
             if means:
                 shares = sorted(means)
                 axis.plot(
@@ -238,7 +241,7 @@ def draw(table: Sequence[Row], path: Path) -> None:
         axis.set_xticks([100 * share for share in SHARES])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of the full grid's hypervolume")
-    axes[-1].legend(fontsize=7, loc="lower right")
+    axes[0].legend(fontsize=7, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
