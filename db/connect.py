@@ -136,7 +136,13 @@ def postgresql_engine(parsed: URL, arguments: dict[str, Any]) -> Engine:
     }
     given = {name: value for name, value in defaults.items() if name not in parsed.query}
     try:
-        return sa.create_engine(parsed, poolclass=NullPool, connect_args={**given, **arguments})
+        return sa.create_engine(
+            parsed,
+            poolclass=NullPool,
+            connect_args={**given, **arguments},
+            # no column has that type, and every new connection would ask for it
+            use_native_hstore=False,
+        )
     except (ModuleNotFoundError, NoSuchModuleError):
         raise StoreError(
             f"{shown(parsed)} needs psycopg; install it with: pip install 'srsweep[postgres]'"

@@ -32,7 +32,8 @@ CHUNK_ROWS = 10_000
 BUSY_SECONDS = 5.0
 """How long a flush waits for another writer of a SQLite file before it spools."""
 IDLE_SECONDS = 10.0
-"""After so long without rows the connection is given back."""
+"""After so long without rows a SQLite file is closed; a server's connection is given back after
+every flush, so that more workers than it admits can take turns."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0
 
 DATABASE_ERRORS: tuple[type[Exception], ...] = (*DRIVER_ERRORS, OSError)
@@ -271,6 +272,8 @@ class RunWriter:
                 self._write_out()
             except DATABASE_ERRORS as error:
                 self._away(error)
+            if self._engine.dialect.name != "sqlite":
+                self._disconnect()
         elif now - self._used_at > IDLE_SECONDS:
             self._disconnect()
 

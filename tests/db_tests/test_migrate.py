@@ -1,5 +1,6 @@
 """Schema versions: migrations make what the metadata says, and strangers are refused."""
 
+import datetime
 import subprocess
 import sys
 
@@ -12,7 +13,15 @@ from alembic.script import ScriptDirectory
 from db import migrate, query
 from db.connect import shown, write_engine
 from db.errors import SchemaVersionError, StoreError
-from db.schema import METRIC_SUMMARY_COLUMNS, SCHEMA_VERSION, SPEC_COLUMNS, VIEWS, metadata
+from db.schema import (
+    METRIC_SUMMARY_COLUMNS,
+    SCHEMA_VERSION,
+    SPEC_COLUMNS,
+    VIEWS,
+    metadata,
+    spec_values,
+)
+from db.spec import RunSpec
 from db.store import RunStore
 
 
@@ -167,3 +176,61 @@ def test_sqlite_uses_a_write_ahead_log(databases):
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1
     engine.dispose()
+
+
+REVISIONS = [script.revision for script in ScriptDirectory.from_config(migrate._config())
+             .walk_revisions()]  # fmt: skip
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_rows_of_every_schema_survive_the_upgrade(empty_url, engine, revision):
+    """A database that an older srsweep filled is read by this one, row for row."""
+    with engine.begin() as connection:
+        migrate.run_migrations(connection, revision)
+        tables = sa.MetaData()
+        tables.reflect(connection)
+        for table in tables.sorted_tables:
+            if table.name != "alembic_version":
+                connection.execute(table.insert(), _row(table))
+    RunStore.open(empty_url, upgrade=True)
+    assert len(RunStore(empty_url).sweep_runs("done")) == 1
+    (row,) = query.rows(empty_url, "SELECT * FROM run_steps")
+    assert (row["run_key"], row["step"], row["ndcg_at_10"]) == ("done", 1, None)
+    assert query.runs(empty_url)[0]["status"] == "done"
+
+
+def _row(table):
+    values = {column.name: _value(column) for column in table.columns}
+    if table.name == "runs":
+        spec = spec_values(RunSpec(dataset="done", precision="fp32"))
+        values |= {name: value for name, value in spec.items() if name in values}
+    return values
+
+
+def _value(column):
+    """A value that fits each column and meets every constraint between the tables."""
+    if isinstance(column.type, sa.Boolean):
+        return False
+    if isinstance(column.type, sa.DateTime):
+        return datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    if isinstance(column.type, sa.Text):
+        return None if column.nullable else "done"
+    return None if column.nullable else 1
+
+
+def test_an_upgrade_that_fails_leaves_the_older_schema(empty_url, engine, monkeypatch):
+    RunStore.open(empty_url)
+    monkeypatch.setattr(migrate, "SCHEMA_VERSION", "0002")
+
+    def breaks(connection, revision="head"):
+        connection.exec_driver_sql("ALTER TABLE runs ADD COLUMN half INTEGER")
+        connection.exec_driver_sql("DROP VIEW run_steps")
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(migrate, "run_migrations", breaks)
+        with pytest.raises(StoreError, match="the disk is full"):
+            RunStore.open(empty_url, upgrade=True)
+    monkeypatch.undo()
+    assert query.rows(empty_url, "SELECT * FROM run_steps") == []
+    assert "half" not in {column["name"] for column in sa.inspect(engine).get_columns("runs")}

@@ -399,3 +399,15 @@ def test_two_stores_in_one_process_do_not_share_connections(bench, result):
         assert other.run(bench.keys[0]).status is RunStatus.RUNNING
         writer.finish(result())
     assert other.run(bench.keys[0]).status is RunStatus.DONE
+
+
+def test_a_connection_is_given_back_while_training_goes_on(databases, make_bench, step):
+    bench = make_bench(databases.postgres())
+    with bench.writer(bench.claim()) as writer:
+        writer.step(step(0))
+        assert writer.flush()
+        assert writer._connection is None
+        writer.step(step(1))
+        assert writer.flush()
+        writer.cancel()
+    assert bench.steps_of(writer.claim) == [0, 1]
