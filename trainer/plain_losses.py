@@ -146,8 +146,8 @@ def _positive_and_negative(
     One gather for both: the backward pass of each fills a gradient of the size of `weight`.
     """
     items = torch.cat([targets[:, None], negatives], dim=1)
-    positive, negative = _scores(hidden, weight, items, bias).split([1, negatives.shape[1]], dim=1)
-    return positive, negative
+    scores = _scores(hidden, weight, items, bias)
+    return scores[:, :1], scores[:, 1:]
 
 
 def _scores(hidden: Tensor, weight: Tensor, items: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ from db.measures import MemorySource
 from db.spec import RunSpec
 from trainer.assembly import Assembly, assemble
 from trainer.data.batches import IntArray
-from trainer.device import check_device, warm_up
+from trainer.device import check_device, memory_shortage, warm_up
 from trainer.probe import MemoryProbe, release_memory, synchronise
 from trainer.ranking import DEFAULT_BUDGET
 from trainer.step import PHASES, Phase, TrainingStep
@@ -122,7 +122,7 @@ def profile(
     SpecError
         The device, precision or number of negatives is not possible.
     DataError
-        Loss or gradient is not finite within these steps.
+        Loss or gradient is not finite within these steps, or memory does not suffice for them.
     """
     where = torch.device(device)
     spec = spec.resolved(where.type)
@@ -134,6 +134,17 @@ def profile(
             parts = assemble(spec, dataset, where, evaluation_budget_bytes=evaluation_budget_bytes)
             run = _Profiler(spec, parts, where, probe, micro_batch_size)
             return run.profile(num_steps)
+        except (RuntimeError, MemoryError) as error:
+            shortage = memory_shortage(error)
+            if shortage is None:
+                raise
+            asked = (
+                "" if shortage.requested is None else f", {shortage.requested:,} bytes asked for"
+            )
+            raise DataError(
+                f"memory does not suffice for a step{asked} of {probe.total_bytes():,}: lower "
+                "batch_size or micro_batch_size, or use a loss without logits"
+            ) from error
         finally:
             probe.close()
             release_memory(where)

@@ -92,3 +92,10 @@ def test_steps_that_diverge_are_no_profile(catalog):
     spec = dataclasses.replace(SPEC, learning_rate=1e30)
     with pytest.raises(DataError, match=r"not finite in step \d: nothing to profile"):
         profile(spec, catalog, num_steps=2)
+
+
+def test_steps_without_enough_memory_are_told(catalog):
+    width = 2**40
+    asked = 2000 * width * 4
+    with pytest.raises(DataError, match=rf"not suffice for a step, {asked:,} bytes asked for of"):
+        profile(dataclasses.replace(SPEC, embedding_dim=width), catalog, num_steps=1)
