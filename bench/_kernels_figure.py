@@ -42,7 +42,7 @@ def draw_catalog(path: Path, folder: Path, part: str = "sizes") -> list[Path]:
     figure = Figure(figsize=(9, 3.6 * len(widths)), layout="constrained")
     axes = figure.subplots(len(widths), 2, squeeze=False)
     for line, width in enumerate(widths):
-        for place, what in enumerate(("memory beyond inputs and gradients (MiB)", "seconds")):
+        for place, what in enumerate(("MiB beyond inputs and gradients", "seconds")):
             axis: Axes = axes[line][place]
             for name, color in COLORS.items():
                 made = sorted(points.get((width, name), {}).items())
@@ -56,7 +56,8 @@ def draw_catalog(path: Path, folder: Path, part: str = "sizes") -> list[Path]:
     figure.suptitle(
         f"Forward and backward of {tokens} tokens, 256 negatives, {device}", fontsize=11
     )
-    axes[0][1].legend(fontsize=7, ncols=2)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     folder.mkdir(parents=True, exist_ok=True)
     made_paths = [folder / f"kernels-catalog{suffix}" for suffix in (".svg", ".png")]
     for target in made_paths:
