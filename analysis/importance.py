@@ -131,6 +131,7 @@ def importances(
     seed: int = 42,
     jobs: int = 1,
     methods: Sequence[Method] = METHODS,
+    forests: int = 5,
 ) -> Importances:
     """Importances of the parameters and their products, per dataset and averaged.
 
@@ -150,12 +151,21 @@ def importances(
         Processes; the numbers do not depend on it.
     methods : sequence of str
         With `impurity` alone nothing is held out and there is no out-of-sample score.
+    forests : int
+        Seeds of the forest behind the interval of an impurity importance; with one there is none.
     """
     cases, notes = _cases(frame, metrics, full_catalog)
     if sum(len(case.target) for case in cases) < _WORTH_PROCESSES:
         jobs = 1
     work: Iterable[_Fitted] = Parallel(n_jobs=jobs)(
-        delayed(_fit_case)(case, repeats if set(methods) != {"impurity"} else 0, permutations, seed)
+        delayed(_fit_case)(
+            case,
+            repeats if set(methods) != {"impurity"} else 0,
+            permutations,
+            seed,
+            forests,
+            bool({"fanova", "ped_anova"} & set(methods)),
+        )
         for case in cases
     )
     fitted = list(work)
@@ -271,14 +281,16 @@ def _forest(seed: int) -> RandomForestRegressor:
     return RandomForestRegressor(random_state=seed)
 
 
-def _fit_case(case: _Case, repeats: int, permutations: int, seed: int) -> _Fitted:
+def _fit_case(
+    case: _Case, repeats: int, permutations: int, seed: int, forests: int, decompose: bool
+) -> _Fitted:
     model = _forest(seed).fit(case.features, case.target)
     in_sample = float(model.score(case.features, case.target))
     passes = [_held_out(case, permutations, seed, repeat) for repeat in range(repeats)]
     row = _RowMaker(
         case, in_sample, float(np.mean([item.r2 for item in passes])) if passes else None
     )
-    rows = _impurity_rows(row, model, seed)
+    rows = _impurity_rows(row, model, seed, forests - 1)
     if not passes:
         return _Fitted(rows, [_score(case, "in_sample", [in_sample])], pd.DataFrame())
     permuted: tuple[tuple[Method, tuple[str, ...]], ...] = (
@@ -287,6 +299,9 @@ def _fit_case(case: _Case, repeats: int, permutations: int, seed: int) -> _Fitte
     for method, names in permuted:
         drops = np.concatenate([getattr(item, method) for item in passes])
         rows += [row(method, name, drops[:, column]) for column, name in enumerate(names)]
+    scores = _scores(case, in_sample, [item.r2 for item in passes], seed)
+    if not decompose:
+        return _Fitted(rows, scores, pd.DataFrame())
     encodings = anova_importances(
         pd.DataFrame(case.features[:, : len(FACTORS)], columns=list(FACTORS)),
         case.target, seed=seed,
@@ -300,7 +315,6 @@ def _fit_case(case: _Case, repeats: int, permutations: int, seed: int) -> _Fitte
         ]
     encodings.insert(0, "metric", case.metric)
     encodings.insert(0, "dataset", case.dataset)
-    scores = _scores(case, in_sample, [item.r2 for item in passes], seed)
     return _Fitted(rows, scores, encodings)
 
 
@@ -327,7 +341,7 @@ class _RowMaker:
 
 
 def _impurity_rows(
-    row: _RowMaker, model: RandomForestRegressor, seed: int, extra_seeds: int = 4
+    row: _RowMaker, model: RandomForestRegressor, seed: int, extra_seeds: int
 ) -> list[Importance]:
     """The paper's importances, and how far other seeds of the forest move them."""
     case = row.case

@@ -55,7 +55,8 @@ def beside_the_paper(frame: pd.DataFrame) -> pd.DataFrame:
     )
     if "negative_sampler" not in own:
         own["negative_sampler"] = "uniform"
-    for printed in records(printed_results()):
+    printed_rows = printed_results()
+    for printed in records(printed_rows[printed_rows["dataset"].isin(set(own["base"]))]):
         runs = _runs_of(own, printed)
         if runs.empty:
             continue

@@ -85,6 +85,9 @@ class Drawing:
         """Write `<name>.svg`, `.png` and `.csv` into a folder; equal input gives equal bytes."""
         paths = [folder / f"{self.name}.{suffix}" for suffix in ("svg", "png", "csv")]
         with look():
+            # the layout is the dearer half of a drawing: once for both files
+            self.figure.draw_without_rendering()
+            self.figure.set_layout_engine("none")
             self.figure.savefig(paths[0], metadata={"Date": None, "Creator": "srsweep"})
             self.figure.savefig(paths[1], metadata={"Software": None})
         self.data.to_csv(paths[2], index=False, float_format="%.10g", lineterminator="\n")

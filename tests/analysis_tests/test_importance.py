@@ -4,6 +4,9 @@ import pytest
 from analysis.frame import FACTORS
 from analysis.importance import METHODS, importances
 
+CHEAP = {"metrics": ["ndcg_at_10"], "methods": ["impurity", "permutation"], "repeats": 1,
+         "permutations": 1, "forests": 1}  # fmt: skip
+
 
 def _grid(sweep_frame, quality, **options):
     return sweep_frame(
@@ -29,7 +32,7 @@ def test_the_parameter_that_matters_is_found_by_every_method(sweep_frame):
 
 def test_noise_is_shown_as_a_model_that_does_not_predict(sweep_frame):
     frame = _grid(sweep_frame, lambda bs, sl, ns: 0.1, noise=0.01)
-    found = importances(frame, metrics=["ndcg_at_10"], repeats=1, permutations=1)
+    found = importances(frame, **CHEAP)
     assert found.rows[0].score_in_sample > 0.5
     assert found.rows[0].score_out_of_sample <= 0
     assert not any(row.predicts for row in found.rows)
@@ -38,7 +41,7 @@ def test_noise_is_shown_as_a_model_that_does_not_predict(sweep_frame):
 def test_repeats_leak_between_folds_of_runs_but_not_of_points(sweep_frame):
     frame = _grid(sweep_frame, lambda bs, sl, ns: 0.1, noise=0.01)
     twice = frame.loc[frame.index.repeat(3)].reset_index(drop=True)
-    found = importances(twice, metrics=["ndcg_at_10"], repeats=1, permutations=1)
+    found = importances(twice, **CHEAP)
     scores = {score.scheme: score.r2 for score in found.scores}
     assert scores["kfold"] > 0.5
     assert scores["kfold_by_point"] < 0.1
@@ -56,7 +59,7 @@ def test_too_few_points_and_fixed_parameters_are_said(sweep_frame):
     assert few.rows == ()
     assert "points with ndcg_at_10 and a number of negatives are too few" in few.notes[0]
     fixed = sweep_frame(batch_sizes=(64,), lengths=(8, 16, 32, 64), negatives=(8, 64, 512))
-    found = importances(fixed, metrics=["ndcg_at_10"], repeats=1, permutations=1)
+    found = importances(fixed, **CHEAP)
     assert any("batch_size never varies (it is 64)" in note for note in found.notes)
     constant = importances(_grid(sweep_frame, lambda *_: 0.1, noise=0.0), metrics=["ndcg_at_10"])
     assert "ndcg_at_10 is constant (0.1), nothing to model" in constant.notes[0]
@@ -66,7 +69,7 @@ def test_processes_do_not_change_the_numbers(sweep_frame, monkeypatch):
     monkeypatch.setattr("analysis.importance._WORTH_PROCESSES", 0)
     frame = _grid(sweep_frame, lambda bs, sl, ns: 0.02 * np.log2(bs))
     alone, together = (
-        importances(frame, metrics=["ndcg_at_10"], methods=["impurity"], jobs=jobs)
+        importances(frame, metrics=["ndcg_at_10"], methods=["impurity"], forests=2, jobs=jobs)
         for jobs in (1, 2)
     )
     assert alone.rows == together.rows

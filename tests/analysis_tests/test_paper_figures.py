@@ -70,7 +70,7 @@ def test_repeats_move_some_correlations_in_the_second_decimal(paper_frame):
 
 
 def test_figure_7b_all_18_mean_importances(paper_frame):
-    found = importances(_alike(paper_frame), methods=["impurity"]).to_frame()
+    found = importances(_alike(paper_frame), methods=["impurity"], forests=1).to_frame()
     mean = found[found["dataset"] == "mean"].set_index(["metric", "parameter"])["importance"]
     for metric, expected in FIGURE_7B.items():
         for parameter, value in zip(PARAMETERS, expected, strict=True):
@@ -82,7 +82,10 @@ def test_figure_7b_all_18_mean_importances(paper_frame):
 def test_surprisal_importances_rest_on_a_model_that_does_not_predict(paper_frame):
     alike = _alike(paper_frame)
     beauty = alike[alike["dataset"] == "beauty"]
-    found = importances(beauty, metrics=["surprisal_at_10"], repeats=1, permutations=1)
+    found = importances(
+        beauty, metrics=["surprisal_at_10"], methods=["impurity", "permutation"], repeats=1,
+        permutations=1, forests=1,
+    )  # fmt: skip
     scores = {score.scheme: score.r2 for score in found.scores}
     assert scores["in_sample"] == pytest.approx(0.82, abs=0.005)
     assert scores["kfold"] == pytest.approx(-0.06, abs=0.005)
