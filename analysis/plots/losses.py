@@ -55,7 +55,12 @@ def plot_losses(
     values = table[measure] / MEASURES[measure].display_scale
     labels = [style.FAMILY_LABELS.get(loss, loss) for loss in table["loss"]]
     bars = axis.bar(range(len(table)), values, 0.75, color=[colors[loss] for loss in table["loss"]])
-    axis.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=5.5, padding=1)
+    axis.bar_label(
+        bars,
+        [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values],
+        fontsize=5.5,
+        padding=1,
+    )
     axis.set_xticks(range(len(table)), labels)
     axis.margins(y=0.15)
     axis.grid(visible=False, axis="x")
