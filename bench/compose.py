@@ -58,12 +58,14 @@ class Services:
         self._path = f"{Path(sys.executable).parent}:{server._bin}:{os.environ['PATH']}"
         self.nodes: dict[str, Node] = {}
 
-    def node(self, name: str, network: str | None = None) -> Node:
-        """Namespaces with what a service's container would see."""
+    def node(self, name: str, network: str | None = None, **more: str) -> Node:
+        """Namespaces with what a service's container would see, and more variables."""
         service = self._services[name]
         given = {key: str(value) for key, value in service["environment"].items()}
         node = Node(
-            name, {"HOME": HOME, "PATH": self._path, "OMP_NUM_THREADS": "1", **given}, network
+            name,
+            {"HOME": HOME, "PATH": self._path, "OMP_NUM_THREADS": "1", **given, **more},
+            network,
         )
         hosts = self._folder / "hosts"
         mounts = [f"mount --bind {hosts} /etc/hosts", "mount -t tmpfs run /run"]
@@ -103,11 +105,12 @@ class Services:
             node.close()
 
     def job(self, words: list[str] | None = None) -> str:
-        """Run the job's command, or another, under the image's entrypoint."""
+        """Run the job's command, or another, as `docker compose run` does."""
         words = words or self._services["job"]["command"]
         print(f"job: srsweep {' '.join(words)}", flush=True)
         node = self.nodes.get("job") or self.node("job")
-        return node.run(f"cd {HOME} && srsweep {shlex.join(words)}").stdout
+        entry = [word.replace("$$", "$") for word in self._services["job"]["entrypoint"]]
+        return node.run(f"cd {HOME} && {shlex.join([*entry, *words])}").stdout
 
 
 def fill(folder: Path, password: str) -> None:
@@ -137,7 +140,7 @@ def carry_out(folder: Path) -> list[dict[str, object]]:
         fill(folder, server.password)
         services = Services(folder, server)
         stack.callback(services.close)
-        services.node("database")
+        services.node("database", PGHOST="127.0.0.1")  # the server has no socket file here
         services.start("head")
         services.start("worker-cpu", "srs3")
         services.wait_for("worker-cpu")

@@ -478,8 +478,9 @@ class _Sweep:
 
     def _statuses(self) -> dict[str, RunStatus]:
         """Status of each point of this grid; the sweep may hold others from earlier grids."""
+        planned = self._planned  # before the statuses: a search adds to both in another thread
         statuses = self._view.statuses()
-        return {key: statuses[key] for key in self._planned}
+        return {key: statuses[key] for key in planned}
 
     def _running(self) -> bool:
         return RunStatus.RUNNING in self._statuses().values()

@@ -173,6 +173,20 @@ def _require_answer(address: str) -> None:
             f"no Ray cluster can be reached at {address!r}: {error}; check the address, that "
             "'ray start --head' runs there, and the firewall between"
         ) from error
+    if not _has_local_node():
+        raise LaunchError(
+            "no Ray node runs on this machine, and a driver needs one beside it; start it with "
+            f"'ray start --address={address} --num-cpus=0', or launch on the head"
+        )
+
+
+def _has_local_node() -> bool:
+    """Whether a raylet runs where this process can see it."""
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            if path.read_text().strip() == "raylet":
+                return True
+    return False
 
 
 def _require_token(address: str) -> None:

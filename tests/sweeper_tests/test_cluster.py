@@ -4,8 +4,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from db.errors import LaunchError
+from sweeper import cluster
 from sweeper.cli.cluster import app
 from sweeper.cluster import NodeReport, compare, inspect_node
+from sweeper.session import Node
+from sweeper.site import cluster_site
 
 NODE = NodeReport(
     host="a",
@@ -43,6 +47,46 @@ def test_differences_are_named(changes, problem):
     found = compare([NODE, other(**changes)], spread=True)
     assert len(found) == 1
     assert found[0].startswith(problem)
+
+
+def test_a_launch_refuses_what_would_spoil_it(monkeypatch, toy_data):
+    me = cluster._this_driver(str(toy_data))
+    same = dataclasses.replace(me, host="a", problems=())
+    cluster.refuse_differences([same], str(toy_data), {"toy"})
+    changed = dataclasses.replace(same, versions={**me.versions, "torch": "1.0", "ray": "1.0"})
+    with pytest.raises(LaunchError, match=r"torch is 1\.0 on a but .* \(and 1 more\); 'srsweep"):
+        cluster.refuse_differences([changed], str(toy_data), {"toy"})
+    without = dataclasses.replace(same, datasets={})
+    with pytest.raises(LaunchError, match="dataset 'toy' is missing on a"):
+        cluster.refuse_differences([without], str(toy_data), {"toy"})
+    cluster.refuse_differences([without], str(toy_data), set())
+
+
+def test_commits_are_compared_where_both_are_checkouts():
+    one = dataclasses.replace(NODE, versions={**NODE.versions, "commit": "abc"})
+    assert compare([one, other()], spread=True) == []
+    two = other(versions={**NODE.versions, "commit": "def"})
+    assert compare([one, two], spread=True)[0].startswith("commit is def on b but abc on a")
+
+
+def test_gpus_of_a_cluster_are_grouped_by_kind():
+    reports = {
+        "1": other(device="A", gpu_memory_bytes=24),
+        "2": other(device="B", gpu_memory_bytes=80),
+        "3": other(device="B", gpu_memory_bytes=79),
+    }
+    nodes = (
+        Node(8.0, 1.0, "A", "1"), Node(8.0, 4.0, "B", "2"), Node(8.0, 4.0, "B", "3"),
+        Node(2.0, 0.0, None, "4"),
+    )  # fmt: skip
+    site = cluster_site(nodes, reports)
+    assert [(g.accelerator, g.num_gpus, g.memory_bytes) for g in site.groups] == [
+        ("A", 1, 24),
+        ("B", 8, 79),
+    ]
+    assert (site.cpus, site.largest_memory_bytes) == (26.0, 79)
+    one_kind = cluster_site(nodes[1:], reports)
+    assert one_kind.groups[0].accelerator is None, "no need to name it"
 
 
 def test_a_cluster_without_nodes_is_a_problem():

@@ -228,3 +228,11 @@ def test_when_everything_is_conditional_the_count_is_an_upper_bound():
     assert len(parse_grid(text).points) == 1
     with pytest.raises(GridError, match="has 3 points, at most 2"):
         parse_grid(text, max_points=2)
+
+
+def test_whether_times_are_results():
+    text = "dataset: d\nresources: {{timing: {}}}\n"
+    assert parse_grid(text.format("shared")).resources.timing == "shared"
+    assert parse_grid("dataset: d\n").resources.timing == "exclusive"
+    with pytest.raises(GridError, match=r"grid.yaml:2: timing='often' must be 'exclusive' or"):
+        parse_grid(text.format("often"))
