@@ -145,7 +145,9 @@ def carry_out(folder: Path) -> list[dict[str, object]]:
         services.start("worker-cpu", "srs3")
         services.wait_for("worker-cpu")
         print(services.job(), end="")
-        asked = "select loss, status, ndcg_at_10 from runs join run_summary on run_id = runs.id"
+        asked = (
+            "select loss, runs.status, ndcg_at_10 from runs join run_summary on run_id = runs.id"
+        )
         found: list[dict[str, object]] = json.loads(services.job(["query", asked, "--json"]))
         return found
 

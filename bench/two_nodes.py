@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,13 @@ def documented(heading: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
+def _own_address() -> str:
+    """Address by which this machine would be known outside."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
 @contextlib.contextmanager
 def network(name: str) -> Iterator[None]:
     """A network namespace with a cable to this machine."""
@@ -132,6 +140,7 @@ def network(name: str) -> Iterator[None]:
         f"-n {name} addr add {OTHER_IP}/24 dev {name}-b",
         f"-n {name} link set {name}-b up",
         f"-n {name} link set lo up",
+        f"-n {name} route add {_own_address()}/32 via {HEAD_IP}",  # Ray's choice on the head
     ):
         subprocess.run(["ip", *words.split()], check=True)
     try:
