@@ -19,9 +19,10 @@ from kernels.linear_cross_entropy.problem import (
 )
 from kernels.philox import philox4x32
 
-CPU_TILE = 512
-"""Tokens and items per tile of a single thread, 1 MiB in float32; several threads meet at the end
-of each operation, and take twice as many of both."""
+CPU_TILE = (1024, 256)
+"""Tokens and items per tile of a single thread, 1 MiB in float32."""
+CPU_THREADS_TILE = (4096, 512)
+"""The same of several threads, which split the tokens and meet at the end of each operation."""
 LARGE_TILE = 4096
 """Tokens and items per tile elsewhere."""
 MAX_PLAIN_LOGIT = 40.0
@@ -230,11 +231,11 @@ class _Tile:
     """Where one tile of logits after another is computed."""
 
     def __init__(self, e: Tensor) -> None:
-        side = LARGE_TILE
+        self.num_tokens = self.num_items = LARGE_TILE
         if e.device.type == "cpu":
-            side = CPU_TILE if torch.get_num_threads() == 1 else 2 * CPU_TILE
-        self.num_tokens = self.num_items = side
-        size = min(side, len(e)) * side
+            one = torch.get_num_threads() == 1
+            self.num_tokens, self.num_items = CPU_TILE if one else CPU_THREADS_TILE
+        size = min(self.num_tokens, len(e)) * self.num_items
         self.memory = torch.empty(size, dtype=accumulation_dtype(e.dtype), device=e.device)
 
     def logits(
