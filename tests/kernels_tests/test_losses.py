@@ -301,7 +301,8 @@ def _item_table(golden):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_logits_need_no_maximum(scale, dtype, monkeypatch):
     """Both ways through the torch path, over many tiles, the last of them partial."""
-    monkeypatch.setattr(torch_chunked, "CPU_TILE", 16)
+    monkeypatch.setattr(torch_chunked, "CPU_TILE", (16, 16))
+    monkeypatch.setattr(torch_chunked, "CPU_THREADS_TILE", (16, 16))
     inputs = problem(41, 150, 24, "cpu", dtype)
     plain = torch_chunked._are_small(*inputs[:3], LogitOptions(scale))
     assert plain == (abs(scale) < 1)
