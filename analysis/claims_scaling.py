@@ -141,8 +141,8 @@ def growth(frame: pd.DataFrame) -> list[Finding]:
         reason = (
             f"claimed to {'saturate' if saturates else 'keep growing'}; the last doubling of "
             f"memory gains {percent(item.gain)}, within 1 % of the best from "
-            f"{item.point / 2**30:.1f} GiB on ({item.point_low / 2**30:.1f} to "
-            f"{item.point_high / 2**30:.1f}) of {item.largest_cost / 2**30:.1f}"
+            f"{item.point / 2**30:.3g} GiB on ({item.point_low / 2**30:.3g} to "
+            f"{item.point_high / 2**30:.3g}) of {item.largest_cost / 2**30:.3g}"
         )
         verdict = opposite[grows] if saturates else grows
         out.append(combined(5, dataset, estimate, [verdict], reason))
@@ -292,7 +292,7 @@ def headline(frame: pd.DataFrame, resamples: int = 2_000) -> list[Finding]:
         worst = regrets.iloc[int(regrets["regret"].to_numpy(float).argmax())]
         reason = (
             f"mean regret over {len(regrets)} budgets; largest {percent(worst['regret'])} at "
-            f"{worst['budget'] / 2**30:.1f} GiB"
+            f"{worst['budget'] / 2**30:.3g} GiB"
         )
         out.append(combined(10, str(dataset), estimate, [judge(estimate, TOLERANCE)], reason))
     return out

@@ -39,6 +39,7 @@ from analysis.pareto import (
     pareto_fronts,
 )
 from analysis.plots.curves import curves_figure
+from analysis.plots.equal_budget import equal_budget, equal_budget_figure
 from analysis.plots.filtering import filtering_figures
 from analysis.plots.gradients import gradients_figure
 from analysis.plots.heatmap import heatmap_figure
@@ -311,6 +312,8 @@ class _Writer:
 
     def _losses_and_curves(self, frame: pd.DataFrame, traces: Traces) -> None:
         self._draw(losses_figure(frame))
+        for cost in (MEMORY, TIME):
+            self._draw(equal_budget_figure(equal_budget(frame, cost=cost)))
         for drawing in filtering_figures(frame):
             self._draw(drawing)
         for column in ("loss", "ndcg_at_10"):
