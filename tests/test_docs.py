@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from db.measures import METRICS
 from db.spec import field_docs, field_types
@@ -15,6 +16,7 @@ from db.spec import field_docs, field_types
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```console\n(.*?)```", re.S)
+YAML_BLOCK = re.compile(r"```yaml\n(.*?)```", re.S)
 
 
 def _readme_commands() -> list[str]:
@@ -47,6 +49,22 @@ def test_readme_commands_run_in_order(tmp_path: Path) -> None:
             check=False,
         )
         assert answer.returncode == 0, f"{command}\n{answer.stdout}\n{answer.stderr}"
+
+
+def test_readme_shows_the_grid_that_it_launches() -> None:
+    (shown,) = YAML_BLOCK.findall(README)
+    written = (ROOT / "grids" / "quickstart.yaml").read_text()
+    assert yaml.safe_load(shown) == yaml.safe_load(written)
+
+
+@pytest.mark.parametrize("page", ["docs/grids.md", "docs/search.md"])
+def test_grids_in_the_docs_are_grids(page: str) -> None:
+    from sweeper.grid import parse_grid
+
+    blocks = YAML_BLOCK.findall((ROOT / page).read_text())
+    assert blocks
+    for block in blocks:
+        assert parse_grid(block, page).points
 
 
 def test_readme_explains_every_metric_and_loss() -> None:
