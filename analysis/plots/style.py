@@ -173,14 +173,15 @@ _LOG_STEPS: tuple[tuple[tuple[float, ...], float], ...] = (
 
 def _log_steps(axis: Axes, positive: pd.Series, which: str) -> tuple[float, ...]:
     """The densest ticks whose labels do not run into each other."""
-    low, high = float(positive.min()), float(positive.max())
+    margin = (positive.max() / positive.min()) ** 0.05  # the axis reaches beyond the values
+    low, high = float(positive.min() / margin), float(positive.max() * margin)
     grid = axis.get_gridspec()
     figure = axis.get_figure(root=True)
     if grid is None or figure is None or which == "y":
         return (1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)
-    legend_share = 0.7
-    inches = figure.get_figwidth() * legend_share / grid.ncols
-    per_decade = inches / (1.1 * math.log10(high / low))
+    beside_legend = 0.5
+    inches = figure.get_figwidth() * beside_legend / grid.ncols
+    per_decade = inches / math.log10(high / low)
     for steps, gap in _LOG_STEPS:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         labels = [f"{step * 10.0**power:g}" for power in range(first, last + 1) for step in steps
