@@ -63,7 +63,11 @@ def test_what_dead_owners_left_is_removed_and_nothing_else(tmp_path):
 
 
 def test_the_server_of_a_dead_owner_is_stopped_but_no_stranger(tmp_path):
-    wait = "import signal; print(flush=True); signal.pause()"
+    # a background shell starts its jobs with SIGQUIT ignored, and they would hand it on
+    wait = (
+        "import signal; signal.signal(signal.SIGQUIT, signal.SIG_DFL); "
+        "print(flush=True); signal.pause()"
+    )
     strangers, folders = [], []
     for name in ("ours", "stranger"):
         folder = _folder(tmp_path, name, "1 1")
@@ -81,6 +85,6 @@ def test_the_server_of_a_dead_owner_is_stopped_but_no_stranger(tmp_path):
         assert strangers[0].returncode == -signal.SIGQUIT
         assert strangers[1].poll() is None
     finally:
-        strangers[1].kill()
         for process in strangers:
+            process.kill()
             process.communicate()
