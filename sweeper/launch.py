@@ -324,7 +324,7 @@ class _Sweep:
                 self._agenda.reopen()
                 self._refresh()
                 if not self._agenda.waiting or self._drain:
-                    if self._drain or not (self._running() or self._ask()):
+                    if self._drain or not self._more_may_come():
                         return
                     signals.sleep(self._options.poll_seconds)
                     continue
@@ -342,6 +342,13 @@ class _Sweep:
                 continue
             if errors and idle >= _IDLE_ROUNDS:
                 raise LaunchError(f"no worker can start a run: {errors[0]}")
+
+    def _more_may_come(self) -> bool:
+        """Whether a sweep with nothing waiting goes on: another launch's run may come free."""
+        if self._running() or self._ask():
+            return True
+        self._refresh()  # it may have come free since the statuses were read
+        return bool(self._agenda.waiting)
 
     def _round(self, session: Session, signals: Signals) -> list[str]:
         """Let Ray Tune carry out what there is; what its trials raised."""

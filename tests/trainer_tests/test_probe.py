@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,16 @@ from trainer.probe import MemoryProbe, release_memory
 
 CPU = torch.device("cpu")
 MB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_to_free():
+    """What other tests left is freed before, not while memory is read."""
+    gc.collect()
+    gc.disable()
+    release_memory(CPU)
+    yield
+    gc.enable()
 
 
 def test_growth_and_peak_are_those_of_tensors():
