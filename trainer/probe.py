@@ -22,6 +22,9 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _FIELD = re.compile(rb"(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB")
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE_BLOCK = 2**20
+_LARGEST_HOLE = 2**33
+_MOST_HOLES = 1024
+_IS_MMAPPED = 2  # bit of the size in front of a block, malloc.c
 _SAMPLING_SECONDS = 0.001
 
 
@@ -48,11 +51,12 @@ class MemoryProbe:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._excluded = 0
+        self._holes: list[int] = []
         self.source = "cuda_allocated" if device.type == "cuda" else "resident"
         gc.collect()
         release_memory(device)
         if device.type != "cuda":
-            _return_large_blocks_when_freed()
+            self._holes = _keep_large_blocks_out_of_the_heap()
             self._resident = _Resident()
             self._baseline = self._resident.read()[0]
         self.reset_peak()
@@ -84,6 +88,7 @@ class MemoryProbe:
         """End what the probe runs."""
         if self._device.type != "cuda":
             self._resident.close()
+            _give_back(self._holes)
 
     def total_bytes(self) -> int:
         """Bytes that the device has."""
@@ -155,15 +160,42 @@ def release_memory(device: torch.device) -> None:
         _libc.malloc_trim(0)
 
 
-def _return_large_blocks_when_freed() -> None:
-    """Keep freed tensors out of the heap, where resident bytes would outlive their use.
+def _keep_large_blocks_out_of_the_heap() -> list[int]:
+    """Have tensors mapped and unmapped one by one, so that resident bytes end with their use.
 
     glibc raises its threshold with every large block that is freed, up to 32 MiB, and the heap
     then fragments: resident peaks of equal runs differ by tens of percent. A fixed threshold
-    makes them repeat within a few percent; mapping anew costs some time in every step.
+    makes them repeat within a few percent; mapping anew costs some time in every step. Holes that
+    the heap has by then would still be filled first, whatever the threshold, and stay resident
+    after: they are taken, empty, for as long as the probe is in use.
+
+    Returns
+    -------
+    list of int
+        Addresses of the holes, to be freed at the end.
     """
-    if _libc is not None:
-        _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    holes: list[int] = []
+    if _libc is None:
+        return holes
+    _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    size = _LARGEST_HOLE
+    while size >= _LARGE_BLOCK and len(holes) < _MOST_HOLES:
+        block = _libc.malloc(size)
+        if block and not _size_word(block) & _IS_MMAPPED:
+            holes.append(block)
+            continue
+        _libc.free(block)
+        size //= 2
+    return holes
+
+
+def _size_word(block: int) -> int:
+    return ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value
+
+
+def _give_back(holes: list[int]) -> None:
+    while holes and _libc is not None:
+        _libc.free(holes.pop())
 
 
 def synchronise(device: torch.device) -> None:
@@ -189,7 +221,11 @@ def _load_libc() -> ctypes.CDLL | None:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return None
-    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None
+    if not (hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt")):
+        return None
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    return libc
 
 
 _libc = _load_libc()

@@ -153,7 +153,8 @@ def test_the_papers_selection_of_figure_5_is_an_option_that_says_what_it_hides(s
     [
         (1, 20, 1, (1, 2, 5, 10, 20)),
         (0.01, 2, 3, (0.01, 0.1, 1)),
-        (40, 5000, 3, (100, 300, 1000, 3000)),
+        (40, 5000, 2, (100, 300, 1000, 3000)),
+        (40, 5000, 3, (100, 1000)),
     ],
 )
 def test_ticks_of_a_logarithmic_axis_keep_apart(low, high, columns, expected):

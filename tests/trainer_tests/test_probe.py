@@ -1,4 +1,3 @@
-import dataclasses
 import gc
 import threading
 import time
@@ -41,6 +40,26 @@ def test_growth_and_peak_are_those_of_tensors():
     assert probe.read().peak == pytest.approx(16 * MB, abs=2 * MB)
     probe.exclude(kept.numel() * 4)
     assert probe.read().allocated < 2 * MB
+
+
+def test_holes_that_a_process_has_in_its_heap_do_not_change_figures():
+    """What an earlier test or a notebook has freed would be filled first, and stay resident."""
+    libc = module._libc
+    libc.mallopt(module._M_MMAP_THRESHOLD, 32 * MB)
+    blocks = [libc.malloc(24 * MB) for _ in range(8)]
+    try:
+        for block in blocks[:-1]:
+            libc.free(block)
+        probe = MemoryProbe(CPU)
+        kept = torch.ones(16 * MB // 4)
+        torch.ones(48 * MB // 4).sum()
+        reading = probe.read()
+        probe.close()
+    finally:
+        libc.free(blocks[-1])
+    assert reading.allocated == pytest.approx(16 * MB, abs=2 * MB)
+    assert reading.peak == pytest.approx(64 * MB, abs=2 * MB)
+    assert kept[0] == 1
 
 
 def test_a_second_probe_does_not_see_what_came_before():
@@ -117,8 +136,9 @@ def test_cuda_figures_are_those_of_its_allocator(cuda):
     assert kept.is_cuda
 
 
-def test_evaluation_memory_is_apart_from_training(dataset):
-    spec = dataclasses.replace(RunSpec(dataset="ring"), max_epochs=1, embedding_dim=16)
-    result = train(spec, dataset, ListRecorder())
-    assert result.peak_eval_memory_bytes is not None
+def test_evaluation_memory_is_apart_from_training():
+    spec = RunSpec(dataset="ring", max_epochs=1, embedding_dim=32, max_seq_len=32)
+    data = make_dataset(num_users=500, num_items=3000, max_length=40)
+    result = train(spec, data, ListRecorder())
+    assert result.peak_eval_memory_bytes > MB
     assert result.peak_train_memory_bytes != result.peak_eval_memory_bytes
