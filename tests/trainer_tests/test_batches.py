@@ -25,15 +25,19 @@ def sequences_of(lists, max_seq_len, next_items=True):
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8),
     max_seq_len=st.integers(1, 6),
     next_items=st.booleans(),
+    on_host=st.booleans(),
     seed=st.integers(0, 20),
 )
-def test_batch_equals_slicing_user_by_user(lengths, max_seq_len, next_items, seed):
+def test_batch_equals_slicing_user_by_user(lengths, max_seq_len, next_items, on_host, seed):
     generator = np.random.default_rng(seed)
     lists = [generator.integers(100, size=n).tolist() for n in lengths]
     if not any(lists):
         lists[0] = [5, 6]
     users = generator.permutation(len(lists))
-    batch = sequences_of(lists, max_seq_len, next_items).batch(users)
+    sequences = sequences_of(lists, max_seq_len, next_items)
+    if not on_host:
+        sequences._host = None  # gather as on an accelerator
+    batch = sequences.batch(users)
     assert sorted(batch.users) == sorted(users)
     items, targets, positions, sizes, firsts = [], [], [], [], []
     for user in batch.users:
