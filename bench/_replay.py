@@ -1,66 +1,7 @@
-"""Training steps of replay-rec, run by an interpreter of its own on batches of ours.
-
-`python _replay.py FOLDER` reads `job.json`, `batches.npz` and `weights.npz` from the folder, then
-answers each line of its standard input with one line of JSON: `loss` with the training loss of the
-first batch without dropout, `step N` with the seconds of one training step on batch N.
-"""
-
-import json
-import os
-import sys
-import time
-import warnings
-from pathlib import Path
+"""replay-rec's models, for `_peer_process.py`."""
 
 import numpy as np
-
-warnings.filterwarnings("ignore")
-
-import torch  # noqa: E402
-
-
-def main(folder):
-    """Serve the commands of the parent until its end of the pipe closes."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    job = json.loads((folder / "job.json").read_text())
-    torch.set_num_threads(job["threads"])
-    with np.load(folder / "batches.npz") as file:
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    peer = PEERS[job["peer"]](job, dict(np.load(folder / "weights.npz")))
-    peer.module.to(job["device"])
-    batches = [
-        peer.batch({k: v[i].to(job["device"]) for k, v in arrays.items()})
-        for i in range(job["num_batches"])
-    ]
-    optimizer = torch.optim.Adam(peer.module.parameters(), lr=1e-3, betas=(0.9, 0.98), fused=True)
-    for line in sys.stdin:
-        command, *words = line.split()
-        if command == "loss":
-            peer.module.eval()
-            with torch.no_grad():
-                answer = {"loss": peer.loss(batches[0]).item()}
-            peer.module.train()
-        else:
-            answer = step(peer, batches[int(words[0])], optimizer, job["device"])
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def step(peer, batch, optimizer, device):
-    """Wall and processor seconds of forward, backward and optimizer."""
-    synchronise(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    peer.loss(batch).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    synchronise(device)
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-
-
-def synchronise(device):
-    """Wait for a GPU."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+import torch
 
 
 def schema(job):
@@ -112,6 +53,9 @@ class SasRecModule:
             "target_padding_mask": arrays["mask"],
         }
 
+    def num_targets(self, batch):
+        return int(batch["target_padding_mask"].sum())
+
     def loss(self, batch):
         return self.module._compute_loss(batch)
 
@@ -141,6 +85,9 @@ class SasRecNetwork:
             "negative_labels": None,
             "target_padding_mask": mask[..., None],
         }
+
+    def num_targets(self, batch):
+        return int(batch["target_padding_mask"].sum())
 
     def loss(self, batch):
         return self.module.forward_train(**batch)["loss"]
@@ -174,11 +121,12 @@ class Bert4RecModule:
             "positive_labels": arrays["items"],
         }
 
+    def num_targets(self, batch):
+        return int((batch["pad_mask"] & ~batch["token_mask"]).sum())
+
     def loss(self, batch):
         return self.module._compute_loss(batch)
 
-
-PEERS = {"sasrec": SasRecModule, "sasrec_network": SasRecNetwork, "bert4rec": Bert4RecModule}
 
 BLOCK_NAMES = {
     "attention_layers.{}.in_proj_weight": "blocks.{}.in_weight",
@@ -252,7 +200,3 @@ def load(model, weights):
     left = [name for name in left if not name.startswith("_head.") or "bias" in name]
     if left or unexpected:
         raise SystemExit(f"weights do not fit: missing {left}, unexpected {unexpected}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

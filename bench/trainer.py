@@ -1,7 +1,9 @@
-"""Valid tokens per second of one training step: packed, padded, and replay-rec.
+"""Valid tokens per second of one training step: packed, padded, and of other libraries.
 
-`python -m bench trainer --peer-python /path/to/venv/bin/python` compares with replay-rec in an
-environment of its own, made by `pip install torch==2.13.0 "replay-rec[torch]==0.22.0"`. All
+`python -m bench trainer --peer-python /path/to/venv/bin/python` compares with what an environment
+of its own has of replay-rec, RecTools and RecBole, made by
+`pip install torch==2.13.0 "replay-rec[torch]==0.22.0"` and, as their pins exclude each other,
+`pip install --no-deps rectools==0.19.0 recbole==1.2.1` with the modules that these then miss. All
 variants get the same batches, one after the other in every round; a ratio is taken within a round.
 No figure is printed before losses and gradients have been found equal.
 """
@@ -10,23 +12,20 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import _padded
+from bench._peer import Peer, Seconds, has_our_loss, peer_names
 from bench.measure import save, spread, table
 from db.spec import RunSpec
 from trainer.data.batches import PackedBatch, PackedSequences, item_tensor
@@ -69,12 +68,6 @@ _NUM_NEGATIVES = {
     "ce": None, "cce": None, "bce": 1, "ce_minus": 64, "bce_plus": 64, "gbce": 64,
     "cce_minus": 64, "sce": None,
 }  # fmt: skip
-_PEER_LOSSES = {"ce": "ce", "cce": "ce", "bce": "bce", "ce_minus": "ce_minus",
-                "cce_minus": "ce_minus"}  # fmt: skip
-"""The loss of the peer that is the same function of the data."""
-
-Seconds = tuple[float, float]
-"""Wall and processor seconds of one step."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -107,12 +100,14 @@ def measure(name: str, loss: str, options: argparse.Namespace) -> list[dict[str,
         options.variants = list(variants)
         seconds: dict[str, list[Seconds]] = {variant: [] for variant in variants}
         for number in range(options.warmup + options.rounds):
-            for variant, step in variants.items():
-                taken = step(number % len(batches))
+            for variant, found in variants.items():
+                taken = found.step(number % len(batches))
                 if number >= options.warmup:
                     seconds[variant].append(taken)
-    tokens = [batches[n % len(batches)].num_tokens for n in range(options.warmup, number + 1)]
-    return [_row(name, loss, spec, variant, seconds, tokens, options) for variant in variants]
+    used = [n % len(batches) for n in range(options.warmup, number + 1)]
+    tokens = [batches[n].num_tokens for n in used]
+    targets = {v: [found.targets[n] for n in used] for v, found in variants.items()}
+    return [_row(name, spec, variant, seconds, tokens, targets, options) for variant in variants]
 
 
 def make_spec(shape: Shape, loss: str, options: argparse.Namespace) -> RunSpec:
@@ -193,11 +188,27 @@ def _loss_and_gradients(
     return {"loss": value.detach(), **found}
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Something that takes training steps.
+
+    Attributes
+    ----------
+    step : callable
+        Takes a step on the batch of a number and returns its seconds.
+    targets : list of int
+        Targets that it learns from in each batch.
+    """
+
+    step: Callable[[int], Seconds]
+    targets: list[int]
+
+
 @contextlib.contextmanager
 def _variants(
     model: Any, spec: RunSpec, batches: list[PackedBatch], shape: Shape, options: Any
-) -> Iterator[Mapping[str, Callable[[int], Seconds]]]:
-    """Steps by name, each from a batch's number to its seconds."""
+) -> Iterator[Mapping[str, Variant]]:
+    """What is compared, by name."""
     loss = make_loss(spec, shape.num_items)
     layouts = [_padded.PaddedBatch(batch, spec, seed=n) for n, batch in enumerate(batches)]
 
@@ -215,22 +226,36 @@ def _variants(
         steps["padded, all logits"] = _Step(
             model, _naive_cross_entropy, lambda m, n: padded(m, n, all_positions=True)
         )
-    if not options.peer_python or spec.loss not in _PEER_LOSSES:
-        yield steps
-        return
-    names = {"replay": spec.model}
-    if spec.model == "sasrec" and _PEER_LOSSES[spec.loss] == "ce":
-        names["replay, new network"] = "sasrec_network"
+    variants = {
+        name: Variant(step, [len(layout.valid) for layout in layouts])
+        for name, step in steps.items()
+    }
     with contextlib.ExitStack() as stack:
-        peers = {
-            name: stack.enter_context(
-                contextlib.closing(_Peer(peer, model, spec, batches, layouts, shape, options))
-            )
-            for name, peer in names.items()
-        }
-        if _PEER_LOSSES[spec.loss] == "ce":
-            _check_peer(peers["replay"], model, spec, batches[0])
-        yield {**steps, **{name: peer.step for name, peer in peers.items()}}
+        for name, peer in peer_names(spec).items() if options.peer_python else ():
+            process = Peer(peer, model, spec, batches, layouts, shape.num_items, options)
+            stack.enter_context(contextlib.closing(process))
+            if process.missing:
+                print(f"{name} is left out: {process.missing}", file=sys.stderr)
+                continue
+            if has_our_loss(peer, spec):
+                _check_peer(name, process, model, spec, batches[0])
+            variants[name] = Variant(process.step, process.targets)
+        yield variants
+
+
+def _check_peer(name: str, peer: Peer, model: Any, spec: RunSpec, batch: PackedBatch) -> None:
+    """The peer's loss from our weights against that of our model with the peer's attention."""
+    changes = {"attend_padding": True} if spec.model == "sasrec" else {}
+    plain = _without_dropout(model, spec, **changes).eval()
+    weight, bias = plain.output_weight, plain.output_bias
+    with torch.no_grad():
+        made = plain.predictions(batch, 0)
+        if name == "rectools":  # its padding is a class of score zero
+            weight = torch.cat([weight, torch.zeros_like(weight[:1])])
+        ours = _naive_cross_entropy(made, weight, bias, 0).item()
+    theirs = peer.ask("loss")["loss"]
+    if not abs(ours - theirs) < _TOLERANCE * abs(theirs):
+        raise SystemExit(f"our loss is {ours:.6f}, that of {name} {theirs:.6f}: no figures")
 
 
 def _naive_cross_entropy(
@@ -265,102 +290,24 @@ class _Step:
             torch.cuda.synchronize()
 
 
-class _Peer:
-    """replay-rec in its own process."""
-
-    def __init__(
-        self,
-        peer: str,
-        model: nn.Module,
-        spec: RunSpec,
-        batches: list[PackedBatch],
-        layouts: list[Any],
-        shape: Shape,
-        options: argparse.Namespace,
-    ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="srsweep-bench-")
-        folder = Path(self._folder.name)
-        job = spec.to_dict() | {
-            "peer": peer,
-            "loss": _PEER_LOSSES[spec.loss],
-            "num_items": shape.num_items,
-            "num_batches": len(batches),
-            "threads": options.threads,
-            "device": options.device,
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        np.savez(folder / "batches.npz", **_padded.left_padded(layouts))
-        weights = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
-        np.savez(folder / "weights.npz", **weights)
-        self._errors = (folder / "errors.txt").open("w+")
-        self._process = subprocess.Popen(
-            [options.peer_python, str(Path(__file__).with_name("_replay.py")), str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-        )  # fmt: skip
-
-    def ask(self, command: str) -> dict[str, float]:
-        """Send a command and wait for its answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(command + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._errors.seek(0)
-            raise SystemExit(f"the peer failed:\n{self._errors.read()[-2000:]}")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    def step(self, number: int) -> Seconds:
-        """Seconds of one training step."""
-        answer = self.ask(f"step {number}")
-        return answer["wall"], answer["cpu"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended before reading all
-            self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
-        self._errors.close()
-        self._folder.cleanup()
-
-
-def _check_peer(peer: _Peer, model: Any, spec: RunSpec, batch: PackedBatch) -> None:
-    """The peer's loss from our weights against that of our model with the peer's attention."""
-    changes = {"attend_padding": True} if spec.model == "sasrec" else {}
-    plain = _without_dropout(model, spec, **changes).eval()
-    with torch.no_grad():
-        made = plain.predictions(batch, 0)
-        loss = make_loss(spec, model.output_weight.shape[0])
-        ours = loss(made, plain.output_weight, plain.output_bias, 0).item()
-    theirs = peer.ask("loss")["loss"]
-    if not abs(ours - theirs) < _TOLERANCE * abs(theirs):
-        raise SystemExit(f"our loss is {ours:.6f}, the peer's {theirs:.6f}: no figures")
-
-
 def _row(
     name: str,
-    loss: str,
     spec: RunSpec,
     variant: str,
     seconds: Mapping[str, list[Seconds]],
     tokens: list[int],
+    targets: Mapping[str, list[int]],
     options: argparse.Namespace,
 ) -> dict[str, object]:
     clock = options.clock == "cpu"
     taken = [pair[clock] for pair in seconds[variant]]
     ours = [pair[clock] for pair in seconds["packed"]]
     low, middle, high = spread([a / b for a, b in zip(taken, ours, strict=True)])
+    fewer = [a / b for a, b in zip(targets["packed"], targets[variant], strict=True)]
     return {
         "model": spec.model,
         "shape": name,
-        "loss": loss,
+        "loss": spec.loss,
         "variant": variant,
         "clock": options.clock,
         "rounds": len(taken),
@@ -369,6 +316,8 @@ def _row(
         "times_packed": middle,
         "times_packed_20": low,
         "times_packed_80": high,
+        "targets": median(targets[variant]),
+        "times_packed_per_target": middle * median(fewer),
     }
 
 
@@ -377,7 +326,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES][:-1])
     parser.add_argument("--losses", nargs="+", choices=_NUM_NEGATIVES, default=["ce"])
     parser.add_argument("--model", choices=("sasrec", "bert4rec"), default="sasrec")
-    parser.add_argument("--peer-python", help="interpreter that has replay-rec")
+    parser.add_argument("--peer-python", help="interpreter that has the other libraries")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--batches", type=int, default=4, help="distinct batches, in turn")

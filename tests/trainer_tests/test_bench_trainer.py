@@ -47,6 +47,18 @@ def test_a_peer_that_fails_is_quoted(tmp_path):
         trainer_bench.main(["--shapes", "tiny", "--rounds", "1", "--peer-python", str(broken)])
 
 
+def test_a_library_that_is_not_there_is_left_out(tmp_path, capsys):
+    lacking = tmp_path / "python"
+    lacking.write_text("""#!/bin/sh\necho '{"missing": "No module named x"}'\n""")
+    lacking.chmod(0o755)
+    arguments = ["--shapes", "tiny", "--rounds", "1", "--peer-python", str(lacking)]
+    assert trainer_bench.main(arguments) == 0
+    found = capsys.readouterr()
+    assert "rectools is left out: No module named x" in found.err
+    assert "packed" in found.out
+    assert "rectools" not in found.out
+
+
 @pytest.mark.parametrize(
     ("shape", "padded"),
     [
