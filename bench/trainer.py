@@ -99,12 +99,16 @@ def measure(name: str, loss: str, options: argparse.Namespace) -> list[dict[str,
     with _variants(model, spec, batches, SHAPES[name], options) as variants:
         options.variants = list(variants)
         seconds: dict[str, list[Seconds]] = {variant: [] for variant in variants}
-        for number in range(options.warmup + options.rounds):
+        warmup = max(options.warmup, len(batches)) if options.compile else options.warmup
+        options.warm_seconds = dict.fromkeys(variants, 0.0)
+        for number in range(warmup + options.rounds):
             for variant, found in variants.items():
                 taken = found.step(number % len(batches))
-                if number >= options.warmup:
+                if number >= warmup:
                     seconds[variant].append(taken)
-    used = [n % len(batches) for n in range(options.warmup, number + 1)]
+                else:
+                    options.warm_seconds[variant] += taken[0]
+    used = [n % len(batches) for n in range(warmup, number + 1)]
     tokens = [batches[n].num_tokens for n in used]
     targets = {v: [found.targets[n] for n in used] for v, found in variants.items()}
     return [_row(name, spec, variant, seconds, tokens, targets, options) for variant in variants]
@@ -226,6 +230,9 @@ def _variants(
         steps["padded, all logits"] = _Step(
             model, _naive_cross_entropy, lambda m, n: padded(m, n, all_positions=True)
         )
+    if options.compile:
+        steps["packed, compiled blocks"] = _Step(model, loss, packed, compiled="blocks")
+        steps["packed, compiled network"] = _Step(model, loss, packed, compiled="network")
     variants = {
         name: Variant(step, [len(layout.valid) for layout in layouts])
         for name, step in steps.items()
@@ -267,8 +274,10 @@ def _naive_cross_entropy(
 class _Step:
     """Forward, backward and fused Adam on a copy of the model."""
 
-    def __init__(self, model: Any, loss: Any, predict: Any) -> None:
+    def __init__(self, model: Any, loss: Any, predict: Any, compiled: str | None = None) -> None:
         self._model = copy.deepcopy(model).train()
+        for part in {"blocks": self._model.blocks, "network": [self._model]}.get(compiled, ()):
+            part.compile(dynamic=True)
         self._loss, self._predict = loss, predict
         self._optimizer = torch.optim.Adam(
             self._model.parameters(), lr=1e-3, betas=(0.9, 0.98), fused=True
@@ -318,6 +327,7 @@ def _row(
         "times_packed_80": high,
         "targets": median(targets[variant]),
         "times_packed_per_target": middle * median(fewer),
+        "warmup_wall_seconds": options.warm_seconds[variant],
     }
 
 
@@ -331,6 +341,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--batches", type=int, default=4, help="distinct batches, in turn")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--compile", action="store_true", help="beside torch.compile, warmed up on every batch"
+    )
     parser.add_argument("--clock", choices=("cpu", "wall"), help="cpu where one thread computes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", action="store_true", help="append to bench/results/trainer.csv")
