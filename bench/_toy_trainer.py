@@ -44,6 +44,8 @@ class Behaviour:
     """A run does not end while this file exists: it takes further steps."""
     stalled: tuple[int, ...] = ()
     """Seeds that report nothing after their third step, for an hour."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Fault point at which the worker of a seed gets SIGKILL once; see `bench._faults`."""
 
     @classmethod
     def from_environment(cls) -> "Behaviour":
@@ -87,6 +89,11 @@ def train(
 ) -> RunResult:
     """Stand in for `trainer.loop.train`."""
     toy = Behaviour.from_environment()
+    if toy.faults:
+        from bench import _faults
+
+        folder = Path(toy.journal).with_name("faults") / str(spec.seed)
+        _faults.arm(toy.faults.get(str(spec.seed)), folder)
     journal = Journal(Path(toy.journal), spec.seed)
     try:
         return _train(spec, recorder, toy, journal)
@@ -118,8 +125,9 @@ def _train(spec: RunSpec, recorder: Recorder, toy: Behaviour, journal: Journal) 
         )
         if (step + 1) % toy.evaluate_every == 0:
             value = min(1.0, (step + 1) / toy.steps) / (1 + spec.seed)
+            epoch = (step + 1) // toy.evaluate_every
             recorder.evaluation(
-                [EvaluationRecord(step + 1, 0, "validation", "ndcg", 10, value, 0.01, 5)]
+                [EvaluationRecord(step + 1, epoch, "validation", "ndcg", 10, value, 0.01, 5)]
             )
         if step == 2:
             _misbehave(spec.seed, toy, journal)

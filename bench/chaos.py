@@ -1,9 +1,10 @@
 """`python -m bench chaos --points N --kills K`: nothing lost, nothing run twice.
 
-Launches a grid with the toy trainer, kills drivers and workers at random moments, freezes workers
-past their lease, takes the database away for a while, and goes on until the grid is done; then
-holds the database against the invariants below, in SQL, and against the journals that
-the toy wrote for itself. Prints no figure when one is broken.
+Launches a grid with the toy trainer, kills drivers and workers at random moments and workers at
+named points of their attempts, freezes workers past their lease, takes the database away for a
+while (a server crashed or frozen, a SQLite file locked), and goes on until the grid is done; then
+holds the database against the invariants below, in SQL, and against the journals that the toy
+wrote for itself. Prints no figure when one is broken.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import measure
+from bench import _faults, measure
 from bench._toy_trainer import Behaviour
 from db import query
+from db.errors import StoreError
 from db.planning import RunningAttempt, SweepView
 from sweeper.device import process_is_alive
+from sweeper.grid import FIRST_SEED
 
 if TYPE_CHECKING:
     from bench.postgres import PostgresServer
@@ -73,7 +76,10 @@ LOSSES = {
 """What the kills may have cost -> a query with one row for each."""
 MUST_BE_ZERO = (*LOSSES, "fenced rows")
 KINDS = ("driver kills", "worker kills", "freezes")
-STEPS = 40
+STEPS = 20
+STEP_SECONDS = 0.05
+NAMED = 0.25
+"""Share of the kills at named points; the others come at random moments."""
 
 
 def violations(url: str, spool_dir: Path | None = None) -> list[str]:
@@ -114,13 +120,16 @@ class Chaos:
     folder : Path
         For the grid, the dataset, the journals and the spool.
     points, kills : int
-        Runs of the grid; SIGKILLs of workers and drivers and freezes of workers past their lease.
+        Runs of the grid; SIGKILLs of workers and drivers and freezes of workers past their lease,
+        evenly over the sweep.
     seed : int
         Of the moments and victims.
     """
 
     def __init__(self, url: str, folder: Path, points: int, kills: int, *, seed: int = 0) -> None:
-        self.url, self.folder, self.kills = url, folder, kills
+        self.url, self.folder, self.points = url, folder, points
+        num_named = min(points, round(NAMED * kills))
+        self.kills = kills - num_named
         self.counts: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._frozen: dict[int, tuple[int, float]] = {}
@@ -129,9 +138,11 @@ class Chaos:
         make_dataset(folder / "data" / "toy")
         self._grid = folder / "chaos.yaml"
         self._grid.write_text(f"sweep: chaos\ndataset: toy\nseeds: {points}\n")
+        victims = self._random.sample(range(FIRST_SEED, FIRST_SEED + points), num_named)
+        named = zip(victims, itertools.cycle(_faults.POINTS), strict=False)
         self._toy = Behaviour(
-            journal=str(folder / "journal"), steps=STEPS, step_seconds=0.05,
-            extended_while=str(folder / "away"),
+            journal=str(folder / "journal"), steps=STEPS, step_seconds=STEP_SECONDS,
+            extended_while=str(folder / "away"), faults={str(s): p for s, p in named},
         )  # fmt: skip
 
     def run(
@@ -161,9 +172,10 @@ class Chaos:
                     if driver.returncode == 0:
                         break
                     driver = self._start()
-                elif done < self.kills:
+                progress = self._share_done()
+                if driver.poll() is None and done < min(self.kills, 1 + self.kills * progress):
                     self._hurt_someone(driver)
-                due = away is not None and self._outage is None and done >= self.kills / 2
+                due = self._outage is None and progress >= 0.5
                 if due and away is not None and len(self._victims()) > 1:
                     self._take_away(away, away_seconds)
         finally:
@@ -195,9 +207,14 @@ class Chaos:
                 start_new_session=True,
             )
 
-    def _victims(self) -> list[RunningAttempt]:
-        from db.errors import StoreError
+    def _share_done(self) -> float:
+        """How far the sweep is, 0 to 1."""
+        with contextlib.suppress(StoreError):
+            rows = query.rows(self.url, "select count(*) as n from runs where status = 'done'")
+            return float(rows[0]["n"]) / self.points
+        return 0.0
 
+    def _victims(self) -> list[RunningAttempt]:
         with contextlib.suppress(StoreError):
             running = SweepView(self.url, "chaos").running_attempts()
             return [
@@ -252,6 +269,7 @@ class Chaos:
             sql = f"select * from steps where attempt_id = {attempt:d}"
             fenced += _count(self.url, sql) - rows
         found["fenced rows"] = fenced
+        found["named kills"] = len(list((self.folder / "faults").glob("*/*")))
         found["executions"] = len(list((self.folder / "journal").iterdir()))
         if self._outage is not None:
             found["away seconds"] = self._outage[1] - self._outage[0]
@@ -297,11 +315,28 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped(server: "PostgresServer") -> Iterator[None]:
-    """A server that crashed."""
+def _crashed(server: "PostgresServer") -> Iterator[None]:
+    """A server that crashed; connections to it are refused."""
     server.stop(immediate=True)
     yield
     server.start()
+
+
+@contextlib.contextmanager
+def _frozen(server: "PostgresServer") -> Iterator[None]:
+    """A server that takes connections and never answers."""
+    assert server.pid is not None
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    os.kill(server.pid, signal.SIGSTOP)  # first, so that it starts no more children
+    processes = [server.pid, *map(int, children.read_text().split())]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in reversed(processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def main(words: list[str]) -> int:
@@ -310,6 +345,9 @@ def main(words: list[str]) -> int:
     parser.add_argument("--points", type=int, default=100)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--away", type=float, default=60.0, help="seconds without the database")
+    parser.add_argument(
+        "--frozen", action="store_true", help="PostgreSQL freezes for that time, it does not crash"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", choices=["sqlite", "postgres", "both"], default="both")
     parser.add_argument("--save", action="store_true", help="append to bench/results/chaos.csv")
@@ -317,7 +355,7 @@ def main(words: list[str]) -> int:
     rows = []
     for name in ("sqlite", "postgres") if asked.database == "both" else (asked.database,):
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-        with _database(name, folder) as (url, away):
+        with _database(name, folder, frozen=asked.frozen) as (url, away):
             chaos = Chaos(url, folder, asked.points, asked.kills, seed=asked.seed)
             figures = chaos.run(away if asked.away else None, asked.away)
             found = violations(url, folder / "spool")
@@ -338,7 +376,7 @@ def main(words: list[str]) -> int:
 
 @contextlib.contextmanager
 def _database(
-    name: str, folder: Path
+    name: str, folder: Path, *, frozen: bool = False
 ) -> "Iterator[tuple[str, contextlib.AbstractContextManager[object]]]":
     """An empty database, and a context in which it is away."""
     if name == "sqlite":
@@ -347,4 +385,4 @@ def _database(
     from bench.postgres import temporary_server
 
     with temporary_server() as server:
-        yield server.url(), _stopped(server)
+        yield server.url(), (_frozen if frozen else _crashed)(server)
