@@ -28,7 +28,7 @@ from bench import _padded
 from bench._peer import Peer, Seconds, has_our_loss, peer_names
 from bench.measure import save, spread, table
 from db.spec import RunSpec
-from trainer.data.batches import PackedBatch, PackedSequences, item_tensor
+from trainer.data.batches import PackedBatch, PackedSequences, Spans, item_tensor
 from trainer.losses import make_loss
 from trainer.models.build import build_model
 from trainer.models.network import Predictions
@@ -131,21 +131,28 @@ def make_spec(shape: Shape, loss: str, options: argparse.Namespace) -> RunSpec:
 def make_batches(shape: Shape, options: argparse.Namespace) -> list[PackedBatch]:
     """Batches of random users with Zipf items."""
     generator = np.random.default_rng(7)
+    sequences, _, _ = make_sequences(shape, options.model, options.device, generator)
+    return [
+        sequences.batch(generator.choice(_USERS, shape.batch_size, replace=False))
+        for _ in range(options.batches)
+    ]
+
+
+def make_sequences(
+    shape: Shape, model: str, device: str, generator: np.random.Generator | None = None
+) -> tuple[PackedSequences, Spans, Tensor]:
+    """Sequences of generated users, where each lies, and the items that they are slices of."""
+    generator = generator or np.random.default_rng(7)
     drawn = generator.lognormal(shape.log_mean, shape.log_deviation, _USERS)
     lengths = shape.shortest + drawn.astype(np.int64) + 1
     ends = np.cumsum(lengths)
     weight = 1.0 / (np.arange(shape.num_items) + 10.0)
     items = generator.choice(shape.num_items, ends[-1], p=weight / weight.sum()).astype(np.int32)
+    flat, spans = item_tensor(items, torch.device(device)), _Spans(ends - lengths, ends)
     sequences = PackedSequences(
-        item_tensor(items, torch.device(options.device)),
-        _Spans(ends - lengths, ends),
-        max_seq_len=shape.max_seq_len,
-        next_items=options.model == "sasrec",
+        flat, spans, max_seq_len=shape.max_seq_len, next_items=model == "sasrec"
     )
-    return [
-        sequences.batch(generator.choice(_USERS, shape.batch_size, replace=False))
-        for _ in range(options.batches)
-    ]
+    return sequences, spans, flat
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ import csv
 
 import pytest
 
+import bench.batches as batches_bench
 import bench.trainer as trainer_bench
 from trainer.models.sasrec import SASRec
 
@@ -74,3 +75,10 @@ def test_generated_lengths_leave_as_much_padding_as_the_real_data(shape, padded)
     tokens = sum(batch.num_tokens for batch in batches)
     slots = sum(len(batch.users) for batch in batches) * found.max_seq_len
     assert 1 - tokens / slots == pytest.approx(padded, abs=0.03)
+
+
+def test_gathering_is_timed_beside_slicing_user_by_user(capsys):
+    assert batches_bench.main(["--shapes", "tiny", "--batch-size", "8", "--rounds", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "gathered" in out
+    assert "sliced user by user" in out
