@@ -3,7 +3,8 @@
 The nodes are two sets of namespaces of this machine: each has its own mounts (its own /tmp, /data
 and home), its own host name and its own network address, so that nothing is shared by accident.
 The commands are cut out of docs/cluster.md; only HEAD_IP, the database host and the token are
-filled in. Needs root, and the commands unshare, nsenter and ip.
+filled in. Then the other node loses its dataset and gets it by --send-datasets, and at last it dies
+with everything on it in mid-sweep. Needs root, and the commands unshare, nsenter and ip.
 """
 
 import argparse
@@ -36,6 +37,10 @@ max_epochs: 1
 num_negatives: [8, 64]
 batch_size: [128, 512]
 """
+
+SENT = GRID + "seed: 7\n"
+LOST = GRID.replace("max_epochs: 1", "max_epochs: 4") + "seed: [1, 2]\n"
+SILENCE = "--lease-seconds 5"
 
 
 class Node:
@@ -96,6 +101,8 @@ class Node:
 
     def close(self) -> None:
         """End every process in there, each by its id."""
+        if self._holder.poll() is not None:
+            return  # closed before; its process id may be another's by now
         mine = self._space(self._holder.pid)
         for path in Path("/proc").glob("[0-9]*"):
             pid = int(path.name)
@@ -209,7 +216,8 @@ def carry_out(folder: Path) -> list[dict[str, object]]:
     data = folder / "movietweetings"
     prepare(data)
     (folder / "grids").mkdir()
-    (folder / "grids" / "movietweetings.yaml").write_text(GRID)
+    for name, text in (("movietweetings", GRID), ("sent", SENT), ("lost", LOST)):
+        (folder / "grids" / f"{name}.yaml").write_text(text)
     with network("srs2"), reachable_server() as server, contextlib.ExitStack() as stack:
         given = environment(server)
         head, other = Node("head", given), Node("other", given, "srs2")
@@ -227,13 +235,35 @@ def carry_out(folder: Path) -> list[dict[str, object]]:
         _expect(head, check, "problem", other, "rm -r /data/prepared/movietweetings")
         wrong = check.replace("srsweep", f"RAY_AUTH_TOKEN={secrets.token_hex(16)} srsweep", 1)
         _expect(head, wrong, "RAY_AUTH_TOKEN", other, "true")
+        again = f"cd {folder} && {launch.replace('HEAD_IP', HEAD_IP)} --send-datasets"
+        print(f"head$ {launch} --send-datasets", flush=True)
+        print(head.run(again.replace("movietweetings.yaml", "sent.yaml")).stdout, end="")
+        print(f"other: {other.run('ls ~/.cache/srsweep/datasets').stdout.split()[0]}", flush=True)
+        going = head.start(again.replace("movietweetings.yaml", f"lost.yaml {SILENCE}"))
+        _wait_for_run_on(other.name, server.url())
+        other.close()
+        print("the other node is gone", flush=True)
+        if going.wait(300):
+            raise RuntimeError("the launch did not survive the loss of a node")
         return query.rows(
             server.url(),
-            "select a.host, count(*) as runs, count(distinct r.id) as done, min(r.status) as first,"
-            " max(r.status) as last, sum(m.num_steps) as steps from attempts a "
-            "join runs r on r.id = a.run_id join run_summary m on m.run_id = r.id "
-            "group by a.host order by a.host",
+            "select s.name as sweep, a.host, a.status, count(*) as attempts, "
+            "count(distinct r.id) as runs, min(r.status) as first, max(r.status) as last "
+            "from attempts a join runs r on r.id = a.run_id "
+            "join sweep_runs l on l.run_id = r.id join sweeps s on s.id = l.sweep_id "
+            "group by s.name, a.host, a.status order by s.name, a.host, a.status",
         )
+
+
+def _wait_for_run_on(host: str, url: str) -> None:
+    """Wait until a run is under way on a node."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        rows = query.rows(url, "select host, last_step from attempts where status = 'running'")
+        if any(row["host"] == host and row["last_step"] is not None for row in rows):
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"no run began on {host}")
 
 
 def _expect(head: Node, command: str, text: str, other: Node, damage: str) -> None:
@@ -260,9 +290,17 @@ def main(words: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
         if made:
             Path("/data").rmdir()
-    print(json.dumps(rows))
-    finished = sum(int(str(row["runs"])) for row in rows)
-    if finished != 4 or any(row["first"] != "done" or row["last"] != "done" for row in rows):
+    for row in rows:
+        print(json.dumps(row))
+    done = {name: 0 for name in ("movietweetings", "sent", "lost")}
+    for row in rows:
+        done[str(row["sweep"])] += int(str(row["runs"])) * (row["status"] == "done")
+    if list(done.values()) != [4, 4, 8] or any(
+        row["first"] != "done" or row["last"] != "done" for row in rows
+    ):
         print("not every run is done exactly once", file=sys.stderr)
+        return 1
+    if not any(row["sweep"] == "lost" and row["status"] == "lost" for row in rows):
+        print("no run was lost with the node", file=sys.stderr)
         return 1
     return 0

@@ -263,6 +263,8 @@ def end(
 ) -> None:
     """End an attempt without a result; its run is pending again until the planner decides.
 
+    Why it was cancelled is the run's reason too, until its next attempt.
+
     Raises
     ------
     LostLeaseError
@@ -280,7 +282,8 @@ def end(
             "error_message": clip(message),
         },
     )
-    _set_run(connection, held.run_id, RunStatus.PENDING)
+    reason = clip(message) if status is AttemptStatus.CANCELLED else None
+    _set_run(connection, held.run_id, RunStatus.PENDING, reason=reason)
 
 
 def inherit(connection: Connection, held: Claim, before_step: int) -> int:

@@ -86,6 +86,15 @@ class SweepView:
         )
         return [dict(row._mapping) for row in self._rows(query.order_by(attempts.c.id))]
 
+    def cancelled_as(self, error_class: str) -> set[str]:
+        """Keys of pending runs of which an attempt was cancelled with this error class."""
+        query = self._of_sweep(sa.select(runs.c.run_key, attempts.c.id)).where(
+            runs.c.status == RunStatus.PENDING,
+            attempts.c.status == AttemptStatus.CANCELLED,
+            attempts.c.error_class == error_class,
+        )
+        return {row.run_key for row in self._rows(query)}
+
     def num_attempts(self, launch_id: str) -> int:
         """Attempts of one launch, ended or not."""
         query = self._of_sweep(sa.select(sa.func.count(attempts.c.id))).where(_by(launch_id))

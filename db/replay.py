@@ -82,8 +82,9 @@ def _replay_line(connection: Connection, held: Claim, line: Mapping[str, Any]) -
         end = line["fail"]
         leases.end(connection, held, AttemptStatus.ERROR, end["error_class"], end["message"])
     elif "cancel" in line:
-        message = line["cancel"]["message"]
-        leases.end(connection, held, AttemptStatus.CANCELLED, "cancelled", message)
+        end = line["cancel"]
+        kind = end.get("error_class", "cancelled")  # older spools do not say
+        leases.end(connection, held, AttemptStatus.CANCELLED, kind, end["message"])
     else:
         raise StoreError(f"a spool of attempt {held.attempt_id} has a line of unknown kind")
     return 0

@@ -212,14 +212,16 @@ class RunWriter:
             ),
         )
 
-    def cancel(self, message: str = "stopped by the user") -> bool:
+    def cancel(
+        self, message: str = "stopped by the user", *, error_class: str = "cancelled"
+    ) -> bool:
         """End the attempt as `cancelled`; returns and raises as `finish`."""
         return self._end(
             "cancel",
-            {"message": message},
+            {"message": message, "error_class": error_class},
             AttemptStatus.CANCELLED,
             lambda connection: leases.end(
-                connection, self.claim, AttemptStatus.CANCELLED, "cancelled", message
+                connection, self.claim, AttemptStatus.CANCELLED, error_class, message
             ),
         )
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from db.errors import GridError, SpecError
 from db.spec import SAMPLED_LOSSES, Loss, RunSpec, field_types, paper_profile, suggestion
+from sweeper.early_stopping import EarlyStopping, check_early_stopping, read_early_stopping
 from sweeper.located import Located, load_located, parse_located
 from sweeper.search.settings import SearchSettings, read_search
 
@@ -26,7 +27,10 @@ FIRST_SEED = 42
 
 _FIELDS = tuple(field_types())
 _BLOCK_KEYS = (*_FIELDS, "profile", "seeds", "product", "zip")
-_TOP_KEYS = ("sweep", "description", *_BLOCK_KEYS, "blocks", "exclude", "resources", "search")
+_TOP_KEYS = (
+    "sweep", "description", *_BLOCK_KEYS, "blocks", "exclude", "resources", "search",
+    "early_stopping",
+)  # fmt: skip
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(RunSpec)}
 
 
@@ -65,6 +69,8 @@ class Grid:
     """What a user may want to look at, one line each."""
     search: SearchSettings | None = None
     """How to choose among the points instead of running them all."""
+    early_stopping: EarlyStopping | None = None
+    """What may cut runs short; None carries every one to its end."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,16 @@ def _expand(root: Located, text: str, stem: str, max_points: int) -> Grid:
         for item in exclusions
         if not item.hits
     )
+    search = read_search(top["search"]) if "search" in top else None
+    early_stopping = None
+    if "early_stopping" in top:
+        where = top["early_stopping"]
+        early_stopping = read_early_stopping(where)
+        check_early_stopping(where, early_stopping, list(points), search=search is not None)
     return Grid(
         name, text, tuple(points), _read_resources(top),
         counts["duplicate"], counts["excluded"], counts["conditional"], notes,
-        read_search(top["search"]) if "search" in top else None,
+        search, early_stopping,
     )  # fmt: skip
 
 

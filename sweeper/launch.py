@@ -37,7 +37,9 @@ from sweeper.forecast import MemoryForecaster
 from sweeper.grid import Grid, Resources
 from sweeper.interrupt import Interruption, Signals, interruptible
 from sweeper.monitor import Monitor
+from sweeper.parcels import Parcel, send
 from sweeper.plan import (
+    CUT_SHORT,
     History,
     RetryLimits,
     predicted_cost,
@@ -82,6 +84,10 @@ class LaunchOptions:
     lease_seconds: float = 60.0
     """A worker that has not been heard of for so long is lost."""
     poll_seconds: float = 2.0
+    send_datasets: bool = False
+    """Send the datasets to nodes of a cluster that do not have them."""
+    early_stopping: bool = True
+    """Let the grid's scheduler, if it names one, cut runs short."""
     stall_seconds: float | None = 1800.0
     """A run whose training reports nothing for so long is ended and tried again."""
     reuse_workers: bool = True
@@ -149,7 +155,8 @@ def launch(grid: Grid, options: LaunchOptions, display: Display) -> Outcome:
                 node = session.largest_node
                 resources = _resolved(resources, node.cpus, node.gpus, "the cluster's largest node")
                 site = _inspected(session, options, datasets)
-                sweep = _Sweep(grid, options, resources, site, datasets, display)
+                parcels = _sent(datasets) if options.send_datasets else {}
+                sweep = _Sweep(grid, options, resources, site, datasets, display, parcels)
                 return sweep.carry_out(session, signals)
         cpus, gpus = _local_size(options, resources)
         resources = _resolved(resources, cpus, gpus, "this machine")
@@ -180,8 +187,14 @@ def _inspected(session: Session, options: LaunchOptions, datasets: Mapping[str, 
     """A cluster whose nodes were all asked whether they can carry out the sweep."""
     folder = str(options.data_dir.resolve())
     reports = ask_nodes(session, options.database, folder)
-    refuse_differences(list(reports.values()), folder, datasets.keys())
+    needed = () if options.send_datasets else datasets.keys()
+    refuse_differences(list(reports.values()), folder, needed)
     return cluster_site(session.nodes, reports)
+
+
+def _sent(datasets: Mapping[str, Any]) -> dict[str, Parcel]:
+    """The datasets in the cluster's object store."""
+    return {name: send(found.path, found.fingerprint) for name, found in datasets.items()}
 
 
 def open_datasets(points: Sequence[RunSpec], data_dir: Path) -> dict[str, Any]:
@@ -232,8 +245,10 @@ class _Sweep:
         site: Site,
         datasets: Mapping[str, Any],
         display: Display,
+        parcels: Mapping[str, Parcel] | None = None,
     ) -> None:
         self._grid, self._options, self._display = grid, options, display
+        self._parcels = dict(parcels or {})
         self._resources, self._site = resources, site
         self._candidates = _planned(grid.points, datasets, "cuda" if resources.gpus else "cpu")
         self._planned = self._candidates if grid.search is None else {}
@@ -262,6 +277,7 @@ class _Sweep:
             database=_absolute(options.database),
             sweep=self._grid.name,
             datasets={n: (str(d.path.resolve()), d.fingerprint) for n, d in datasets.items()},
+            parcels=self._parcels,
             launch_id=secrets.token_hex(8),
             spool_dir=str(spool_dir.resolve()),
             last_event=self._view.last_event(),
@@ -269,6 +285,8 @@ class _Sweep:
             time_limit_seconds=self._resources.time_limit_seconds,
             stall_seconds=options.stall_seconds,
             step_rows_every=options.step_rows_every,
+            early_stopping=self._grid.early_stopping if options.early_stopping else None,
+            longest_epochs=max(spec.max_epochs for spec in self._grid.points),
             trainer=options.trainer,
         )
 
@@ -288,8 +306,8 @@ class _Sweep:
 
     def unfinished(self) -> bool:
         """Whether any run is not final."""
-        statuses = self._statuses()
-        return any(not status.is_final for status in statuses.values()) or self._ask()
+        open_runs = {key for key, status in self._statuses().items() if not status.is_final}
+        return bool(open_runs - self._cut_short()) or self._ask()
 
     def outcome(self, **how: Any) -> Outcome:
         """State of the sweep now."""
@@ -415,9 +433,10 @@ class _Sweep:
     def _pending(self, statuses: Mapping[str, RunStatus]) -> list[Candidate]:
         """Runs to try; those beyond their retries are closed."""
         failures = summarise(self._view.failures(self._settings.launch_id))
+        cut = self._cut_short()
         candidates = []
         for key, status in statuses.items():
-            if status is not RunStatus.PENDING:
+            if status is not RunStatus.PENDING or key in cut:
                 continue
             history = failures.get(key, History())
             reason = reason_to_give_up(history, self._options.retries)
@@ -427,6 +446,12 @@ class _Sweep:
             spec, whole = self._planned[key].spec, history.shared_out_of_memory > 0
             candidates.append(Candidate(key, spec, self._costs[key], whole))
         return candidates
+
+    def _cut_short(self) -> set[str]:
+        """Pending runs of this grid that a scheduler cut, which a launch without one tries."""
+        if self._settings.early_stopping is None:
+            return set()
+        return self._view.cancelled_as(CUT_SHORT) & self._planned.keys()
 
     def _close(self, key: str, reason: str) -> None:
         with contextlib.suppress(StoreError):  # another launch may have been faster
@@ -495,7 +520,8 @@ class _Sweep:
     def _snapshot(self) -> Snapshot:
         counts = Counter(status.value for status in self._statuses().values())
         remaining = self._clock.remaining_seconds(self._agenda.unfinished)
-        return Snapshot(counts, self._view.best("ndcg_at_10"), remaining)
+        best = self._view.best("ndcg_at_10")
+        return Snapshot(counts, best, remaining, len(self._cut_short()))
 
     def _num_attempts(self) -> int:
         return self._view.num_attempts(self._settings.launch_id)

@@ -15,6 +15,8 @@ TIME_LIMIT = "TimeLimitExceeded"
 """Error class of an attempt that took longer than a run may."""
 STALLED = "Stalled"
 """Error class of an attempt whose training reported nothing for too long."""
+CUT_SHORT = "CutShort"
+"""Error class of an attempt that an early-stopping scheduler ended; its run has no result."""
 
 DETERMINISTIC_ERRORS = frozenset(
     {

@@ -28,6 +28,8 @@ class Snapshot:
     best: float | None = None
     """Highest test NDCG@10 so far."""
     remaining_seconds: float | None = None
+    num_cut: int = 0
+    """Pending runs that were cut short and are not tried again by this launch."""
 
     @property
     def total(self) -> int:
@@ -37,7 +39,8 @@ class Snapshot:
     @property
     def final(self) -> int:
         """Runs that nothing more will be tried for."""
-        return sum(n for status, n in self.counts.items() if RunStatus(status).is_final)
+        ended = sum(n for status, n in self.counts.items() if RunStatus(status).is_final)
+        return ended + self.num_cut
 
     def text(self) -> str:
         """Counts that matter, the best NDCG and the remaining time on one line."""
@@ -46,6 +49,8 @@ class Snapshot:
             for status in _SHOWN
             if self.counts.get(status, 0) or status in (RunStatus.DONE, RunStatus.RUNNING)
         ]
+        if self.num_cut:
+            parts.append(f"{self.num_cut} cut short")
         if self.best is not None:
             parts.append(f"best NDCG@10 {self.best:.4f}")
         if self.remaining_seconds is not None and self.final < self.total:

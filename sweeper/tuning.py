@@ -1,4 +1,4 @@
-"""The Ray Tune side: one trial is one run; Tune schedules, the database remembers."""
+"""The Ray Tune side of the driver: one trial is one run; Tune schedules, the database remembers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,37 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
 from sweeper.agenda import Agenda
-from sweeper.plan import Slot
-from sweeper.worker import WorkerSettings, execute
-
-
-class RunTrainable(tune.Trainable):
-    """A trial that carries out the run named in its config in one step."""
-
-    def setup(self, config: dict[str, Any], settings: WorkerSettings | None = None) -> None:
-        """Keep the settings; they come through the object store, never through the config."""
-        assert settings is not None, "with_parameters gives them"
-        self._settings = settings
-
-    def step(self) -> dict[str, Any]:
-        """Carry out the whole run."""
-        task = self.config["task"]
-        slot = Slot(**{name: value for name, value in task.items() if name != "key"})
-        return {**execute(task["key"], self._settings, slot), "done": True}
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next run in the same process."""
-        self.config = new_config
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: the database is the record."""
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Load nothing."""
+from sweeper.early_stopping import METRIC, TIME
+from sweeper.trainable import RunTrainable, placement
+from sweeper.worker import WorkerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +42,13 @@ class _Feed(tune.Callback):
         _rounds[self._name].check()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial.config["task"]["key"], dict(trial.last_result or {}))
+        key, result = trial.config["task"]["key"], dict(trial.last_result or {})
+        if "outcome" not in result:
+            # the scheduler's decision; Tune itself would stop a worker without saying why
+            trial.temporary_state.ray_actor.cut_short.remote()
+            at = f"after epoch {result.get(TIME)}, validation NDCG@10 {result.get(METRIC):.4f}"
+            result = {"key": key, "outcome": "cut", "error": at}
+        self._end(key, result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         key = trial.config["task"]["key"]
@@ -138,13 +120,14 @@ def run_round(now: Round, settings: WorkerSettings, folder: Path, *, reuse: bool
     """
     name = f"round-{len(list(folder.glob('round-*')))}"
     trainable = tune.with_resources(
-        tune.with_parameters(RunTrainable, settings=settings), _resources
+        tune.with_parameters(RunTrainable, settings=settings), placement
     )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             num_samples=-1,
             search_alg=_Planned(name),
+            scheduler=_scheduler(settings),
             reuse_actors=reuse,
             trial_name_creator=_trial_id,
             trial_dirname_creator=_trial_id,
@@ -167,18 +150,33 @@ def run_round(now: Round, settings: WorkerSettings, folder: Path, *, reuse: bool
     return [_first_cause(error) for error in results.errors]
 
 
+def _scheduler(settings: WorkerSettings) -> TrialScheduler | None:
+    """What decides whether a run goes on after an evaluation; None where all do."""
+    chosen = settings.early_stopping
+    if chosen is None:
+        return None
+    if chosen.scheduler == "median":
+        return MedianStoppingRule(
+            time_attr=TIME,
+            metric=METRIC,
+            mode="max",
+            grace_period=chosen.grace_epochs,
+            min_samples_required=chosen.min_runs,
+            min_time_slice=float("inf"),  # type: ignore[arg-type]  # or it would pause runs
+        )
+    return ASHAScheduler(
+        time_attr=TIME,
+        metric=METRIC,
+        mode="max",
+        max_t=settings.longest_epochs,
+        grace_period=chosen.grace_epochs,
+        reduction_factor=chosen.reduction_factor,
+        stop_last_trials=False,
+    )
+
+
 def _trial_id(trial: Any) -> str:
     return str(trial.trial_id)
-
-
-def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    task = config["task"]
-    bundle = {"CPU": task["cpus"]}
-    if task["gpus"]:
-        bundle["GPU"] = task["gpus"]
-    if task["accelerator"]:
-        bundle[f"accelerator_type:{task['accelerator']}"] = 0.001
-    return tune.PlacementGroupFactory([bundle])
 
 
 def _first_cause(error: BaseException) -> str:

@@ -27,7 +27,9 @@ from sweeper.device import (
     package_versions,
     process_space,
 )
-from sweeper.plan import CONTEXT_BYTES, SHARED_OUT_OF_MEMORY, Slot
+from sweeper.early_stopping import CutShort, EarlyStopping, Report
+from sweeper.parcels import Parcel, is_here, receive
+from sweeper.plan import CONTEXT_BYTES, CUT_SHORT, SHARED_OUT_OF_MEMORY, Slot
 from sweeper.watchdog import Watchdog
 
 
@@ -43,6 +45,8 @@ class WorkerSettings:
     sweep: str
     datasets: dict[str, tuple[str, str]]
     """Folder and fingerprint of each dataset by name."""
+    parcels: dict[str, Parcel] = field(default_factory=dict)
+    """Datasets that the driver sends to nodes without that folder, by name."""
     launch_id: str
     """Tells the attempts of one launch from those of others."""
     spool_dir: str
@@ -57,11 +61,17 @@ class WorkerSettings:
     step_rows_every: int = 1
     checkpoint_minutes: float = 10.0
     """Time between checkpoints, from which a later attempt on the same host goes on."""
+    early_stopping: EarlyStopping | None = None
+    """What may cut runs short."""
+    longest_epochs: int = 1
+    """Epochs of the longest run of the sweep."""
     trainer: str = "trainer.loop:train"
     """`module:function` with the signature of `trainer.loop.train`."""
 
 
-def execute(key: str, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
+def execute(
+    key: str, settings: WorkerSettings, slot: Slot, report: Report | None = None
+) -> dict[str, Any]:
     """Claim a run, train it and write how it ended.
 
     Parameters
@@ -72,11 +82,14 @@ def execute(key: str, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
         Where things are.
     slot : Slot
         What this worker may use.
+    report : callable, optional
+        Told of evaluations before the last epoch; what it raises ends the run.
 
     Returns
     -------
     dict
-        `outcome` (a run status, or `elsewhere`, `lost`, `error`) and figures for the display.
+        `outcome` (a run status, or `elsewhere`, `lost`, `error`, `cut`) and figures for the
+        display.
     """
     began = time.monotonic()
     _limit_resources(slot)
@@ -86,7 +99,7 @@ def execute(key: str, settings: WorkerSettings, slot: Slot) -> dict[str, Any]:
     store, claim = found
     try:
         with store.writer(claim, spool_dir=Path(settings.spool_dir)) as writer:
-            outcome = _Execution(store, claim, writer, settings, slot).run()
+            outcome = _Execution(store, claim, writer, settings, slot, report).run()
     except LostLeaseError:
         outcome = {"outcome": "lost"}
     return {"key": key, **outcome, "seconds": time.monotonic() - began}
@@ -148,9 +161,10 @@ class _Execution:
         writer: RunWriter,
         settings: WorkerSettings,
         slot: Slot,
+        report: Report | None = None,
     ) -> None:
         self._store, self._claim, self._writer = store, claim, writer
-        self._settings, self._slot = settings, slot
+        self._settings, self._slot, self._report = settings, slot, report
         self._checkpoints = Path(settings.spool_dir) / "checkpoints" / claim.run_key[:32]
 
     def run(self) -> dict[str, Any]:
@@ -159,6 +173,9 @@ class _Execution:
             result = self._train()
         except LostLeaseError:
             raise
+        except CutShort as cut:
+            self._writer.cancel(str(cut), error_class=CUT_SHORT)
+            return {"outcome": "cut", "error": str(cut)}
         except (KeyboardInterrupt, SystemExit):
             with suppress(LostLeaseError):
                 self._writer.cancel()
@@ -192,12 +209,20 @@ class _Execution:
         )
         spec, device = self._claim.spec, self._slot.device
         with watchdog:
-            recorder = _Watched(self._writer, settings.time_limit_seconds, self._resumed, watchdog)
+            recorder = _Watched(
+                self._writer, settings.time_limit_seconds, self._resumed, watchdog, self._reported
+            )
             try:
                 return train(spec, dataset, recorder, device, options=options)
             except _StaleCheckpoint:
                 shutil.rmtree(self._checkpoints)
                 return train(spec, dataset, recorder, device, options=options)
+
+    def _reported(self, records: Sequence[EvaluationRecord]) -> None:
+        """Have the scheduler judge a run; one in its last epoch is as good as done."""
+        last = records and records[0].epoch >= self._claim.spec.max_epochs
+        if self._report is not None and not last:
+            self._report(records)
 
     def _resumed(self, step: int) -> None:
         """Take over the rows of the attempt before, below the step at which training goes on."""
@@ -215,8 +240,10 @@ class _Watched:
         limit_seconds: float | None,
         resumed: Callable[[int], None],
         watchdog: Watchdog,
+        report: Report,
     ) -> None:
         self._writer = writer
+        self._report = report
         self._limit = limit_seconds
         self._resumed = resumed
         self._watchdog = watchdog
@@ -229,6 +256,7 @@ class _Watched:
         self._is_first = False
         self._watchdog.progress()
         self._writer.step(record)
+        self._report(())
         if self._limit is not None and time.monotonic() - self._began > self._limit:
             raise TimeLimitExceeded(
                 f"stopped after step {record.step}: the run took longer than "
@@ -238,6 +266,7 @@ class _Watched:
     def evaluation(self, records: Sequence[EvaluationRecord]) -> None:
         self._watchdog.progress()
         self._writer.evaluation(records)
+        self._report(records)
 
     def histogram(self, record: HistogramRecord) -> None:
         self._writer.histogram(record)
@@ -257,12 +286,15 @@ def _open_dataset(name: str, settings: WorkerSettings) -> Any:
     from trainer.data.dataset import load_dataset
 
     path, fingerprint = settings.datasets[name]
+    parcel = settings.parcels.get(name)
+    if parcel is not None and not is_here(path, fingerprint):
+        path = str(receive(parcel))
     dataset = load_dataset(path)
     if dataset.fingerprint != fingerprint:
         raise DataError(
             f"dataset {name!r} at {path} on {host_name()} has fingerprint "
             f"{dataset.fingerprint[:12]}, the sweep was planned for {fingerprint[:12]}; "
-            "copy the same prepared folder to every node"
+            "copy the same prepared folder to every node, or launch with --send-datasets"
         )
     return dataset
 

@@ -78,6 +78,21 @@ def launch(
             help="Skip points that need at least the memory of one that ran out of it.",
         ),
     ] = True,
+    send_datasets: Annotated[
+        bool,
+        typer.Option(
+            "--send-datasets",
+            help="Send prepared datasets to nodes of the cluster that do not have them.",
+        ),
+    ] = False,
+    early_stopping: Annotated[
+        bool,
+        typer.Option(
+            "--early-stopping/--no-early-stopping",
+            help="Let the scheduler that the grid names cut runs short; without, they are carried "
+            "to their end, and those that were cut as well.",
+        ),
+    ] = True,
     stall_seconds: Annotated[
         float,
         typer.Option(min=1, help="A run that reports no step or evaluation for so long is ended."),
@@ -138,6 +153,8 @@ def launch(
         retry_failed=retry_failed,
         retry_out_of_memory=retry_out_of_memory,
         prune=prune,
+        send_datasets=send_datasets,
+        early_stopping=early_stopping,
         stall_seconds=stall_seconds,
         step_rows_every=step_rows_every,
         lease_seconds=lease_seconds,

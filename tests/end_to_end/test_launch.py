@@ -148,6 +148,26 @@ def test_ctrl_c_ends_with_130_and_the_same_line_resumes(sweep):
     assert violations(toy.url) == []
 
 
+def test_asha_cuts_runs_that_are_behind(sweep):
+    """Ray Tune's own scheduler; the lower the seed, the better is a toy run."""
+    toy = sweep(steps=20, step_seconds=0.01)
+    assert toy.start("seeds: 6\nearly_stopping: asha").wait(timeout=150) == 0, toy.log()
+    rows = query.rows(
+        toy.url,
+        "select r.seed, r.status, r.reason, a.status as attempt, a.error_class, "
+        "(select max(step) from evaluations e where e.attempt_id = a.id) as last "
+        "from runs r join attempts a on a.run_id = r.id order by r.seed",
+    )
+    assert len(rows) == 6
+    assert rows[0]["status"] == "done"
+    cut = rows[2:]
+    assert [row["status"] for row in cut] == ["pending"] * 4
+    assert {(row["attempt"], row["error_class"]) for row in cut} == {("cancelled", "CutShort")}
+    assert {row["last"] for row in cut} == {5}, "they were to end after their first epoch"
+    assert all(row["reason"].startswith("cut short by asha after epoch 1 (5 s") for row in cut)
+    assert query.rows(toy.url, "select * from attempts where status = 'running'") == []
+
+
 def test_two_drivers_share_the_work(sweep):
     toy = sweep(steps=20, step_seconds=0.03)
     toy.start("seeds: 12")
