@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy import checks, ops, reference
+from kernels.linear_cross_entropy import checks, ops, reference, torch_fused
 from kernels.linear_cross_entropy.problem import GradientFilter, LogitOptions
 from kernels.negatives import Negatives
 from kernels.sampling import SamplingPlan, make_plan, new_seed
@@ -146,6 +146,16 @@ def linear_cross_entropy(
     if negatives is None:
         if chosen == "triton" and accum_dtype == torch.float64:
             chosen = _fall_back("accum_dtype=torch.float64 has no Triton kernel")
+        plain = not (label_smoothing or z_loss or return_lse or grad_filter.mode)
+        plain = plain and options.softcap is None and reduction != "none"
+        if plain and chosen == "torch" and accum_dtype in (torch.float32, e.dtype):
+            token_weight = _token_weight(valid, sample_weight, num_items, reduction, e.dtype)
+            if _gradients_can_go_along(e, weight, token_weight):
+                total: Tensor
+                total, *_ = ops.full_softmax_total(
+                    e, weight, bias, target, token_weight, options.scale
+                )
+                return total
         lse, positive, mean = _full(
             e, weight, bias, target, options, grad_filter, label_smoothing > 0, accum_dtype, chosen
         )
@@ -340,6 +350,35 @@ def _sampled(
     )  # fmt: skip
 
 
+def _gradients_can_go_along(e: Tensor, weight: Tensor, token_weight: Tensor) -> bool:
+    """Whether a CPU finds the gradients in the forward pass: wanted, and within its memory."""
+    wanted = torch.is_grad_enabled() and e.requires_grad and weight.requires_grad
+    known = not token_weight.requires_grad
+    if not (wanted and known and e.device.type == "cpu"):
+        return False
+    full = e.dtype in (torch.float32, torch.float64)
+    return full and torch_fused.block_tokens(len(e), weight) > 0
+
+
+def _token_weight(
+    valid: Tensor,
+    sample_weight: Tensor | None,
+    num_items: float | Tensor | None,
+    reduction: Reduction,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What each token's loss is multiplied by before all are summed."""
+    weight = valid.to(dtype)
+    if sample_weight is not None:
+        weight = torch.where(valid, sample_weight.to(dtype), 0.0)
+    if reduction != "mean":
+        return weight
+    if num_items is not None:
+        return weight / num_items
+    count = weight.sum()
+    return weight / torch.where(count == 0, 1.0, count)
+
+
 def _reduce(
     loss: Tensor,
     valid: Tensor,
@@ -348,20 +387,9 @@ def _reduce(
     reduction: Reduction,
 ) -> Tensor:
     loss = torch.where(valid, loss, 0.0)
-    if sample_weight is not None:
-        loss = loss * sample_weight.to(loss.dtype)
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "sum":
-        return total
-    if num_items is not None:
-        return total / num_items
-    count = valid.to(loss.dtype)
-    if sample_weight is not None:
-        count = torch.where(valid, sample_weight.to(loss.dtype), 0.0)
-    count = count.sum()
-    return total / torch.where(count == 0, 1.0, count)
+        return loss if sample_weight is None else loss * sample_weight.to(loss.dtype)
+    return (loss * _token_weight(valid, sample_weight, num_items, reduction, loss.dtype)).sum()
 
 
 def _upcast(

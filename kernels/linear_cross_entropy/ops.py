@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy import torch_chunked, torch_sampled
+from kernels.linear_cross_entropy import torch_chunked, torch_fused, torch_sampled
 from kernels.linear_cross_entropy.problem import (
     GradientFilter,
     LogitOptions,
@@ -144,6 +144,72 @@ def _full_backward(ctx, grad_lse, grad_positive, grad_mean):  # type: ignore[no-
 
 
 full_softmax.register_autograd(_full_backward, setup_context=_full_setup)
+
+
+@torch.library.custom_op("srsweep::full_softmax_total", mutates_args=())
+def full_softmax_total(
+    e: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    token_weight: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted sum of the losses of a CPU's tokens; its gradients are found at once and kept."""
+    found = torch_fused.forward_and_gradients(e, weight, bias, target, token_weight, scale)
+    grad_bias = e.new_empty(0) if found.grad_bias is None else found.grad_bias
+    return found.total, found.grad_e, found.grad_weight, grad_bias
+
+
+@torch.library.custom_op("srsweep::full_softmax_total_backward", mutates_args=())
+def full_softmax_total_backward(
+    e: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad_e: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_total: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients kept, times the one from above; a derivative of theirs is refused.
+
+    An operator, and one that is given the leaves, so that autograd finds no formula for what it
+    would otherwise take for constants.
+    """
+    return grad_e * grad_total, grad_weight * grad_total, grad_bias * grad_total
+
+
+@full_softmax_total.register_fake
+def _full_softmax_total_fake(
+    e: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = e.new_empty(0) if bias is None else torch.empty_like(bias)
+    return e.new_empty(()), _like(e), _like(weight), grad_bias
+
+
+@full_softmax_total_backward.register_fake
+def _full_softmax_total_backward_fake(
+    e: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_bias = e.new_empty(0) if bias is None else torch.empty_like(bias)
+    return _like(e), _like(weight), grad_bias
+
+
+def _full_total_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+
+
+def _full_total_backward(ctx, grad_total, *_unused):  # type: ignore[no-untyped-def]
+    if grad_total is None:
+        return (None,) * 6
+    tensors = ctx.saved_tensors
+    grads = full_softmax_total_backward(*tensors, grad_total)
+    return (*_bias_or_none(grads, tensors[2]), None, None, None)
+
+
+full_softmax_total.register_autograd(_full_total_backward, setup_context=_full_total_setup)
 
 
 @torch.library.custom_op("srsweep::sampled_sum", mutates_args=())

@@ -9,6 +9,9 @@ NO_FILTER, DROP_FILTER, UNBIASED_FILTER = range(3)
 FILTER_MODES = {"drop": DROP_FILTER, "unbiased": UNBIASED_FILTER}
 FILTER_STREAM = 0x2545F4914F6CDD1D
 """Key offset of the filter's random words, apart from those of the negatives."""
+MAX_PLAIN_LOGIT = 40.0
+"""Largest magnitude of logits whose exponentials are summed as they are: sums over 2**31 items, and
+their inverses, stay far from the ends of float32."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ class GradientFilter:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def largest_logit(e: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Bound of every logit's magnitude before a cap, by the longest rows; e must have rows."""
+    accum = accumulation_dtype(e.dtype)
+    longest = [torch.linalg.vector_norm(t, dim=1, dtype=accum).amax() for t in (e, weight)]
+    bound: Tensor = longest[0] * longest[1]
+    if bias is not None:
+        bound = bound + bias.abs().amax()
+    return bound * abs(scale)
 
 
 def uniforms(words: Tensor) -> Tensor:

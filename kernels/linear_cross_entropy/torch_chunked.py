@@ -1,20 +1,26 @@
 """The full softmax in torch, tile by tile over the vocabulary: any device, no Triton.
 
+What `torch_fused` cannot take comes here: forward passes alone, a gradient per token, caps.
+
 The forward pass merges log-sum-exps of tiles; the backward pass computes each tile of logits
 again, adds to dE, and writes each slice of dC once. The extra memory is one tile. On a CPU a tile
 stays in its cache, and logits that norms prove to be small are exponentiated without a maximum:
 what is left is four matrix products and two exponentials per logit.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from kernels.linear_cross_entropy.problem import (
     FILTER_STREAM,
+    MAX_PLAIN_LOGIT,
     UNBIASED_FILTER,
     GradientFilter,
     LogitOptions,
     accumulation_dtype,
+    largest_logit,
     uniforms,
 )
 from kernels.philox import philox4x32
@@ -25,9 +31,6 @@ CPU_THREADS_TILE = (4096, 512)
 """The same of several threads, which split the tokens and meet at the end of each operation."""
 LARGE_TILE = 4096
 """Tokens and items per tile elsewhere."""
-MAX_PLAIN_LOGIT = 40.0
-"""Largest magnitude of logits whose exponentials are summed as they are: sums over 2**31 items, and
-their inverses, stay far from the ends of float32."""
 
 
 def forward(
@@ -67,20 +70,21 @@ def forward(
     lse = torch.full((num_tokens,), 0.0 if plain else -torch.inf, dtype=accum, device=e.device)
     mean = torch.zeros(num_tokens, dtype=accum, device=e.device)
     tile = _Tile(e)
+    drawn, unit = _in_fast_units(options)
     for items in _slices(num_items, tile.num_items):
         chunk = weight[items].to(accum)
         chunk_bias = None if bias is None else bias[items].to(accum)
         for tokens in _slices(num_tokens, tile.num_tokens):
-            logits = tile.logits(e[tokens].to(accum), chunk, chunk_bias, options)
+            logits = tile.logits(e[tokens].to(accum), chunk, chunk_bias, drawn)
             if with_mean:
                 mean[tokens] += logits.sum(1)
             if plain:
-                lse[tokens] += logits.exp_().sum(1)
+                lse[tokens] += _exp(logits, unit).sum(1)
             else:
-                lse[tokens] = torch.logaddexp(lse[tokens], _log_sum_exp(logits))
+                lse[tokens] = torch.logaddexp(lse[tokens], _log_sum_exp(logits, unit))
     if plain:
         lse.log_()
-    return lse, positive_logits(e, weight, bias, target, options), mean / max(num_items, 1)
+    return lse, positive_logits(e, weight, bias, target, options), mean * (unit / max(num_items, 1))
 
 
 def backward(
@@ -122,6 +126,7 @@ def backward(
         return _plain_backward(e, weight, bias, target, lse, grad_lse, grad_positive, options)
     num_tokens, num_items = len(e), len(weight)
     tile = _Tile(e)
+    drawn, unit = _in_fast_units(options)
     grad_e = torch.zeros(e.shape, dtype=accum, device=e.device)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = None if bias is None else torch.empty_like(bias)
@@ -132,9 +137,9 @@ def backward(
         grad_chunk_bias = torch.zeros(len(chunk), dtype=accum, device=e.device)
         for tokens in _slices(num_tokens, tile.num_tokens):
             rows = e[tokens].to(accum)
-            logits = tile.logits(rows, chunk, chunk_bias, options)
+            logits = tile.logits(rows, chunk, chunk_bias, drawn)
             slope = options.slope(logits) if options.softcap is not None else options.scale
-            grad = logits.sub_(lse[tokens, None]).exp_()
+            grad = _exp(logits.sub_(lse[tokens, None] / unit), unit)
             if grad_filter.mode:
                 words = None
                 if grad_filter.mode == UNBIASED_FILTER:
@@ -178,6 +183,7 @@ def _plain_backward(
     grad_e = torch.zeros(e.shape, dtype=accum)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = None if bias is None else torch.empty_like(bias)
+    drawn, unit = _in_fast_units(options)
     factor = grad_lse * torch.exp(-lse) * options.scale
     at_target = torch.where(target >= 0, grad_positive * options.scale, 0.0)
     order = torch.argsort(target)
@@ -191,7 +197,7 @@ def _plain_backward(
         grad_chunk_bias = torch.zeros(len(chunk), dtype=accum)
         for tokens in _slices(len(e), tile.num_tokens):
             rows = e[tokens].to(accum)
-            unscaled = tile.logits(rows, chunk, chunk_bias, options).exp_()
+            unscaled = _exp(tile.logits(rows, chunk, chunk_bias, drawn), unit)
             grad_e[tokens].addmm_(unscaled, chunk)
             # A quarter faster than the product of the transposed tile.
             turned.addmm_((rows * factor[tokens, None]).T, unscaled)
@@ -258,18 +264,29 @@ def _are_small(e: Tensor, weight: Tensor, bias: Tensor | None, options: LogitOpt
     """Whether norms bound every logit by MAX_PLAIN_LOGIT; asked of CPUs only, where none waits."""
     if e.device.type != "cpu" or len(e) == 0:
         return False
-    accum = accumulation_dtype(e.dtype)
-    longest = [torch.linalg.vector_norm(t, dim=1, dtype=accum).amax() for t in (e, weight)]
-    bound = longest[0] * longest[1]
-    if bias is not None:
-        bound = bound + bias.abs().amax()
-    return bool(bound * abs(options.scale) <= MAX_PLAIN_LOGIT)
+    return bool(largest_logit(e, weight, bias, options.scale) <= MAX_PLAIN_LOGIT)
 
 
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """Log-sum-exp over the last dimension; overwrites its input."""
+def _in_fast_units(options: LogitOptions) -> tuple[LogitOptions, float]:
+    """How to compute logits in units whose exponential is cheap, and that unit.
+
+    The exponential to base 2 takes half the time of the natural one. Capped logits stay as they
+    are: their unit is 1.
+    """
+    if options.softcap is not None:
+        return options, 1.0
+    return LogitOptions(options.scale / math.log(2)), math.log(2)
+
+
+def _exp(logits: Tensor, unit: float) -> Tensor:
+    """Exponentials of logits in that unit; overwrites them."""
+    return logits.exp_() if unit == 1.0 else logits.exp2_()
+
+
+def _log_sum_exp(logits: Tensor, unit: float) -> Tensor:
+    """Natural log-sum-exp over the last dimension; overwrites its input."""
     top = logits.amax(1)
-    return logits.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
+    return _exp(logits.sub_(top[:, None]), unit).sum(1).log_().add_(top, alpha=unit)
 
 
 def _filter_uniforms(

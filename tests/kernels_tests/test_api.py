@@ -189,8 +189,7 @@ def test_gpu_with_too_little_for_a_kernel_falls_back(negatives, monkeypatch):
         gradients.append((e.grad, weight.grad))
         assert len(seen) == (impl == "triton")
     assert "101376" in str(seen[0].message)
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(*gradients)
 
 
 def test_float64_accumulation_is_torchs(monkeypatch, device):
@@ -217,6 +216,8 @@ def test_operators_pass_torchs_own_checks():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     full = (e, weight, None, target, seed, 1.0, None, True, 0, 0.0, torch.float32, "torch")
     torch.library.opcheck(ops.full_softmax, full, test_utils=checks)
+    total = (e, weight, None, target, torch.ones(len(e)), 1.0)
+    torch.library.opcheck(ops.full_softmax_total, total, test_utils=checks)
     sampled = (
         e, weight, None, target, seed, None, None, None, None, None, 0, 4, 1, True, False, 0,
         False, False, 0.0, False, 1.0, None, 0, 0.0, False, "torch",
@@ -228,10 +229,45 @@ def test_operators_pass_torchs_own_checks():
     )
 
 
+def test_gradients_kept_from_the_forward_pass():
+    """Scaled by what comes from above, as often as asked; never taken for constants."""
+    e, weight, target = leaves()
+    loss = linear_cross_entropy(e, weight, target, impl="torch")
+    first = torch.autograd.grad(loss, (e, weight), retain_graph=True)
+    again = torch.autograd.grad(3 * loss, (e, weight), retain_graph=True)
+    each = linear_cross_entropy(e, weight, target, impl="torch", reduction="none")
+    other_way = torch.autograd.grad(each.mean(), (e, weight))
+    for once, thrice, other in zip(first, again, other_way, strict=True):
+        torch.testing.assert_close(thrice, 3 * once)
+        torch.testing.assert_close(once, other)
+    (slope,) = torch.autograd.grad(loss, e, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        slope.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(e, weight, target, impl="torch"), loss)
+
+
+def test_checkpointed_loss_has_the_same_gradients():
+    for reentrant in (False, True):
+        e, weight, target = leaves()
+
+        def loss(e, weight, target=target):
+            return linear_cross_entropy(e * 2, weight, target, impl="torch")
+
+        loss(e, weight).backward()
+        expected = [e.grad.clone(), weight.grad.clone()]
+        e.grad = weight.grad = None
+        checkpoint(loss, e, weight, use_reentrant=reentrant).backward()
+        torch.testing.assert_close([e.grad, weight.grad], expected)
+
+
 def test_gradients_by_finite_differences():
     e, weight, target = leaves()
     e, weight = (t.detach()[:, :3].double().requires_grad_() for t in (e[:5], weight[:9]))
     target = target[:5] % 9
+    assert torch.autograd.gradcheck(
+        lambda *t: linear_cross_entropy(*t, target, impl="torch", logit_scale=0.3), (e, weight)
+    )
     assert torch.autograd.gradcheck(
         lambda *t: linear_cross_entropy(*t, target, softcap=3.0, z_loss=0.1, label_smoothing=0.1),
         (e, weight),

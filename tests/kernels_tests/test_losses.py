@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.linear_cross_entropy import torch_chunked
+from kernels.linear_cross_entropy import torch_chunked, torch_fused
 from kernels.linear_cross_entropy.api import (
     gbce_power,
     linear_binary_cross_entropy,
@@ -225,7 +225,7 @@ def test_weights_and_lse_have_gradients(device):
         (loss + lse.square().mean()).backward()
         results.append((loss.double(), leaf.grad.double()))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_micro_batches_add_up_with_num_items(device):
@@ -295,6 +295,69 @@ def _item_table(golden):
         for name in golden.files
         if name.startswith("w/") and golden[name].shape == (41, width)
     )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 0.1, -20.0], ids=["large", "small", "huge"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_found_on_the_way_forward(dtype, scale, threads, monkeypatch):
+    """Blocks of tokens and tiles of items, the last ones partial; some tokens weigh nothing."""
+    monkeypatch.setattr(torch_fused, "MAX_BLOCK", 16)
+    monkeypatch.setattr(torch_fused, "MIN_BLOCK", 16)
+    monkeypatch.setattr(torch_fused, "TILE_ELEMENTS", 300)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs = problem(41, 151, 24, "cpu", dtype)
+    inputs[3][5:8] = -100
+    inputs[3][9] = inputs[3][10]
+    weights = torch.linspace(0, 2, 41)
+    called = spy(monkeypatch, torch_fused, "forward_and_gradients")
+    for options in ({}, {"sample_weight": weights, "reduction": "sum"}, {"num_items": 7.0}):
+        check(linear_cross_entropy, inputs, "torch", logit_scale=scale, **options)
+    assert len(called) == 3
+
+
+def test_items_that_a_bias_rules_out(monkeypatch):
+    """A bias of minus infinity over whole tiles, the first among them."""
+    monkeypatch.setattr(torch_fused, "TILE_ELEMENTS", 300)
+    e, weight, bias, target = problem(10, 90, 8, "cpu")
+    target.clamp_(min=60)
+    bias[:60] = -torch.inf
+    kept = [e, weight[60:], bias[60:], (target - 60).clamp(min=0)]
+    ours = run(linear_cross_entropy, [e, weight, bias, target], impl="torch")
+    without = run(linear_cross_entropy, kept, impl="reference")
+    torch.testing.assert_close(ours[0], without[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours[1], without[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours[2][60:], without[2], rtol=1e-4, atol=1e-6)
+    assert not ours[2][:60].any()
+    assert not ours[3][:60].any()
+
+
+def test_bounds_on_memory_send_large_catalogs_through_twice(monkeypatch):
+    inputs = problem(40, 100, 8, "cpu")
+    called = spy(monkeypatch, torch_fused, "forward_and_gradients")
+    with monkeypatch.context() as bounds:
+        bounds.setattr(torch_fused, "BUFFER_BYTES", 4 * 100 * 31)
+        check(linear_cross_entropy, inputs, "torch")
+    with monkeypatch.context() as bounds:
+        bounds.setattr(torch_fused, "GRADIENT_BYTES", 4 * 100 * 8 - 1)
+        check(linear_cross_entropy, inputs, "torch")
+    assert not called
+    monkeypatch.setattr(torch_fused, "BUFFER_BYTES", 4 * 100 * 32)
+    monkeypatch.setattr(torch_fused, "GRADIENT_BYTES", 4 * 100 * 8)
+    check(linear_cross_entropy, inputs, "torch")
+    assert called
+
+
+def spy(monkeypatch, module, name):
+    """Calls of a function that still does its work."""
+    original, calls = getattr(module, name), []
+
+    def watched(*args, **options):
+        calls.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, watched)
+    return calls
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, -0.1])
