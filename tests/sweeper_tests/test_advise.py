@@ -101,6 +101,18 @@ def test_a_new_dataset_gets_relative_quality_and_its_own_memory(history):
     assert not found.best.measured
 
 
+def test_what_datasets_disagree_on_widens_the_interval_of_quality(history):
+    apart = History({**history.runs, "c": known("c", shift=0.02)}, SHAPES)
+    widths, fewest = [], []
+    for runs in (history, apart):
+        best = advise_new(runs, Shape(15_000, 60.0), Budget(1e12)).best
+        widths.append(best.quality.high - best.quality.low)
+        fewest.append(best.spec.num_negatives == 32)
+    assert widths[0] < 0.02
+    assert widths[1] > 0.1
+    assert fewest[1]
+
+
 def test_sizes_outside_the_known_ones_are_said_and_far_ones_refused(history):
     found = advise_new(history, Shape(80_000, 60.0), Budget(1e12))
     assert any("num_items=80000 lies outside" in note and "2.0" in note for note in found.notes)
