@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from bench import measure
@@ -301,14 +302,19 @@ def overhead(runs: int, *, cold: bool, slots: int = 2) -> dict[str, object]:
     )  # fmt: skip
     wall = time.monotonic() - began
     ended = query.rows(url, "select started_at, ended_at from attempts where status = 'done'")
-    starts = sorted(row["started_at"] for row in ended)
-    busy = (max(row["ended_at"] for row in ended) - starts[0]).total_seconds()
+    first = min(_moment(row["started_at"]) for row in ended)
+    busy = (max(_moment(row["ended_at"]) for row in ended) - first).total_seconds()
     shutil.rmtree(folder)
     # from the first start on; each run waits for its turn in one of the slots
     return {
         "workers": "cold" if cold else "reused", "runs": runs, "slots": slots,
         "seconds_per_run": busy * slots / runs, "wall_seconds": wall, "start_seconds": wall - busy,
     }  # fmt: skip
+
+
+def _moment(value: object) -> datetime:
+    """A time as the database gives it: SQLite keeps it as text."""
+    return value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
 
 
 def main(words: list[str]) -> int:
