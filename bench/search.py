@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, pstdev
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from bench import measure
+from bench import _botorch, measure
 from db.spec import RunSpec, RunStatus
 from sweeper.memory_model import Shape
 from sweeper.search.acquisition import hypervolume
@@ -102,17 +102,30 @@ def _answers(
     return answers
 
 
+class Asker(Protocol):
+    """What is replayed: a search of ours, or another library's beside it."""
+
+    def propose(self, observations: Sequence[Observation], count: int = 1) -> list[RunSpec]:
+        """Choose the next runs."""
+
+    def with_seed(self, seed: int) -> Self:
+        """The same search with other random choices."""
+
+
 def replay_search(
     replay: Replay, related: Mapping[str, Sequence[Observation]], sampler: str
-) -> Search:
+) -> Asker:
     """Search over a published grid; `with_seed` makes the others of a bench."""
-    return Search(
-        SearchSpace(replay.points), OBJECTIVES, sampler=sampler,  # type: ignore[arg-type]
+    other = sampler == "botorch"
+    search = Search(
+        SearchSpace(replay.points), OBJECTIVES,
+        sampler="srsweep" if other else sampler,  # type: ignore[arg-type]
         related=related, shapes=SHAPES,
     )  # fmt: skip
+    return _botorch.BotorchSearch(search) if other else search
 
 
-def replay_order(replay: Replay, search: Search, *, batch: int, budget: int) -> list[RunSpec]:
+def replay_order(replay: Replay, search: Asker, *, batch: int, budget: int) -> list[RunSpec]:
     """Points in the order in which a search asks for them, `batch` at a time."""
     known: list[Observation] = []
     while len(known) < budget:
@@ -249,7 +262,7 @@ def draw(table: Sequence[Row], path: Path) -> None:
 _LOOKS = {
     "srsweep": ("o", "#b2182b"), "srsweep_warm": ("D", "#ef8a62"), "gp": ("s", "#2166ac"),
     "tpe": ("^", "#67a9cf"), "nsga2": ("v", "#7fbf7b"), "random": ("x", "#777777"),
-    "grid": ("+", "#bbbbbb"), "qlognehvi": ("P", "#762a83"),
+    "grid": ("+", "#bbbbbb"), "botorch": ("P", "#762a83"),
 }  # fmt: skip
 
 
@@ -258,11 +271,21 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def _runnable(labels: Sequence[str]) -> list[str]:
+    """The samplers named, less BoTorch where it is not installed."""
+    found = [label for label in labels if label]
+    if "botorch" in found and not _botorch.is_installed():
+        print("botorch is skipped: it takes the packages botorch and gpytorch, which are missing")
+        found.remove("botorch")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench search", description=__doc__)
     parser.add_argument(
-        "--samplers", default="srsweep,srsweep_warm,grid,random,tpe,nsga2,gp",
-        help="comma-separated; srsweep_warm knows the other grids; empty only shows what is kept",
+        "--samplers", default="srsweep,srsweep_warm,grid,random,tpe,nsga2,gp,botorch",
+        help="comma-separated; srsweep_warm knows the other grids, botorch is BoTorch's qLogNEHVI; "
+        "empty only shows what is kept",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -289,8 +312,9 @@ def main(arguments: Sequence[str]) -> int:
                 file.writelines(json.dumps(row) + "\n" for row in new)
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
+    labels = _runnable(options.samplers.split(","))
     for batch in map(int, options.batches.split(",")):
-        for label in filter(None, options.samplers.split(",")):
+        for label in labels:
             mine = seeds[:1] if label == "grid" else seeds
             measure_sampler(replays, label, mine, batch, options.share, keep, known)
     table = summary(rows)
