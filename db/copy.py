@@ -221,6 +221,7 @@ def _type_name(column: sa.Column[Any]) -> str:
         (sa.Boolean, "bool"),
         (UtcDateTime, "timestamptz"),
         (sa.Text, "text"),
+        (sa.LargeBinary, "bytea"),
     ]
     return next(name for kind, name in kinds if isinstance(column.type, kind))
 

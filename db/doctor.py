@@ -139,6 +139,19 @@ def _statuses(connection: Connection) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _packed(connection: Connection) -> Iterator[Finding]:
+    tables = (metadata.tables["run_summary"], metadata.tables["packed_summaries"])
+    results, packed = (
+        connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0 for table in tables
+    )
+    if results != packed:
+        yield Finding(
+            check="packed results", level="warning",
+            text=f"{packed:,} of {results:,} results are packed; frames of many runs are slow",
+            remedy="`srsweep db upgrade` packs the others",
+        )  # fmt: skip
+
+
 def _clock(connection: Connection) -> Iterator[Finding]:
     there = connection.scalar(sa.select(utc_in()))
     assert there is not None
@@ -153,7 +166,7 @@ def _clock(connection: Connection) -> Iterator[Finding]:
 
 
 _CHECKS: tuple[Callable[[Connection], Iterator[Finding]], ...] = (
-    _objects, _leases, _statuses, _clock,
+    _objects, _leases, _statuses, _packed, _clock,
 )  # fmt: skip
 
 

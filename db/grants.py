@@ -139,7 +139,7 @@ def _allow(driver: Any, role: Role, name: str) -> None:
             sql.SQL("GRANT UPDATE{} ON {} TO {}").format(listed, sql.Identifier(table), user)
         )
     # a later result on the same device class takes the place of an earlier one
-    driver.execute(sql.SQL("GRANT DELETE ON run_summary TO {}").format(user))
+    driver.execute(sql.SQL("GRANT DELETE ON run_summary, packed_summaries TO {}").format(user))
     driver.execute(sql.SQL("GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {}").format(user))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from db import packed
 from db.connect import translated, write_engine
 from db.leases import insert_ignore
 from db.rows import Batch, insert_batch
@@ -120,6 +121,7 @@ def put_foreign(
         _insert_summaries(
             connection, [(ids[run.key], run) for run in elsewhere if run.key in ids], {}
         )
+        packed.refresh(connection)
         curves = {tries[ids[key]]: run for key, run in new.items() if run.curve}
         curves |= _missing_curves(connection, {known[key]: by_key[key] for key in known})
         for attempt_id, run in curves.items():

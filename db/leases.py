@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
+from db import packed
 from db.connect import redact
 from db.errors import LostLeaseError, StoreError
 from db.measures import RunResult
@@ -248,6 +249,7 @@ def put_summary(connection: Connection, values: Mapping[str, Any]) -> None:
         )
     )
     connection.execute(run_summary.insert().values(dict(values)))
+    packed.refresh(connection, values["run_id"])
 
 
 def _error_class(result: RunResult) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from db import packed
 from db.connect import reading, shown, sqlite_path, translated, write_engine
 from db.errors import SchemaVersionError, StoreError
 from db.schema import SCHEMA_VERSION, metadata
@@ -82,11 +83,12 @@ def ensure(engine: Engine, *, upgrade: bool = False) -> None:
             # two first launches at once: one creates, the other finds the tables
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
         version = version_of(connection)
-        if version == SCHEMA_VERSION:
-            return
         if version is None or (upgrade and version in _revisions()):
             run_migrations(connection)
+        elif version == SCHEMA_VERSION:
+            return
         check(connection)
+        packed.refresh(connection)
 
 
 def back_up_older(url: str) -> Path | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from db import reader
+from db import finished, reader
 from db.errors import StoreError
 from db.measures import METRICS, SELECTION_K, metric_column
 from db.reader import TIMEOUT_SECONDS, connected
@@ -116,22 +116,26 @@ def runs(
     StoreError
         The database cannot be read; an unknown sweep, status or column.
     """
-    query = _listing()
+    conditions: list[sa.ColumnElement[bool]] = []
     if dataset is not None:
-        query = query.where(runs_table.c.dataset == dataset)
+        conditions.append(runs_table.c.dataset == dataset)
     if status is not None:
         wanted = [status] if isinstance(status, str) else list(status)
-        query = query.where(_status().in_([_checked_status(s) for s in wanted]))
-    query = _ordered(query, order).limit(limit)
+        conditions.append(_status().in_([_checked_status(s) for s in wanted]))
+    terms = _terms(order)
     with connected(url) as connection:
         if sweep is not None:
-            query = query.where(_in_sweeps(connection, [sweep]))
-        return listed(connection, query)
+            conditions.append(_in_sweeps(connection, [sweep]))
+        if order is None or limit is None:
+            query = _listing().where(*conditions)
+        else:
+            query = _listing(_first(conditions, order, limit))
+        return listed(connection, query.order_by(*terms).limit(limit))
 
 
 def listed(connection: sa.Connection, query: sa.Select[Any] | None = None) -> list[dict[str, Any]]:
     """Rows of the listing on an open connection; all runs without a query."""
-    found = connection.execute(_ordered(_listing(), None) if query is None else query)
+    found = connection.execute(_listing().order_by(runs_table.c.id) if query is None else query)
     names = list(found.keys())
     return [dict(zip(names, row, strict=True)) for row in found.all()]
 
@@ -162,13 +166,19 @@ def summary_frame(
     StoreError
         The database cannot be read, or an unknown sweep.
     """
-    query = _summary()
+    import pandas as pd
+
+    conditions: list[sa.ColumnElement[bool]] = []
     if datasets is not None:
-        query = query.where(runs_table.c.dataset.in_(list(datasets)))
+        conditions.append(runs_table.c.dataset.in_(list(datasets)))
     with connected(url) as connection:
         if sweeps is not None:
-            query = query.where(_in_sweeps(connection, sweeps))
-        return _typed_frame(connection.execute(query), query)
+            conditions.append(_in_sweeps(connection, sweeps))
+        query = _summary().where(*conditions)
+        found = finished.columns(connection, conditions)
+        if found is None:
+            return _typed_frame(connection.execute(query), query)
+    return pd.DataFrame({column.name: found[column.name] for column in query.selected_columns})
 
 
 def steps_frame(url: str, run_key: str, *, attempt: int | None = None) -> "pd.DataFrame":
@@ -224,8 +234,12 @@ def _status() -> sa.ColumnElement[str]:
     return sa.func.coalesce(run_summary.c.status, runs_table.c.status)
 
 
-def _listing() -> sa.Select[Any]:
-    running = attempts.alias("running")
+_RUNNING = attempts.alias("running")
+_OF_RUNNING = {"last_step", "device_class", "timing"}
+
+
+def _listed_columns() -> dict[str, sa.ColumnElement[Any]]:
+    """Columns of the listing by name."""
     tries = (
         sa.select(sa.func.count())
         .where(attempts.c.run_id == runs_table.c.id)
@@ -235,39 +249,64 @@ def _listing() -> sa.Select[Any]:
     special: dict[str, sa.ColumnElement[Any]] = {
         "status": _status().label("status"),
         "num_attempts": tries.label("num_attempts"),
-        "last_step": running.c.last_step,
-        "device_class": sa.func.coalesce(run_summary.c.device_class, running.c.device_class).label(
+        "last_step": _RUNNING.c.last_step,
+        "device_class": sa.func.coalesce(run_summary.c.device_class, _RUNNING.c.device_class).label(
             "device_class"
         ),
-        "timing": sa.func.coalesce(run_summary.c.timing, running.c.timing).label("timing"),
+        "timing": sa.func.coalesce(run_summary.c.timing, _RUNNING.c.timing).label("timing"),
     }
-    columns = []
+    columns: dict[str, sa.ColumnElement[Any]] = {}
     for name in LISTED:
         table = runs_table if name in runs_table.c else run_summary
-        columns.append(special[name] if name in special else table.c[name])
-    return (
-        sa.select(*columns)
-        .select_from(runs_table)
-        .outerjoin(run_summary, run_summary.c.run_id == runs_table.c.id)
-        .outerjoin(
-            running,
-            sa.and_(
-                running.c.run_id == runs_table.c.id,
-                running.c.status == sa.literal_column("'running'"),
-            ),
+        columns[name] = special[name] if name in special else table.c[name]
+    return columns
+
+
+def _listing(chosen: sa.Subquery | None = None) -> sa.Select[Any]:
+    """The listing; only of the runs and device classes that `_first` chose."""
+    same_run = run_summary.c.run_id == runs_table.c.id
+    if chosen is None:
+        source = runs_table.outerjoin(run_summary, same_run)
+    else:
+        same_device = run_summary.c.device_class == chosen.c.device_class
+        source = chosen.join(runs_table, runs_table.c.id == chosen.c.id).outerjoin(
+            run_summary, sa.and_(same_run, same_device)
         )
+    return sa.select(*_listed_columns().values()).select_from(_with_running(source))
+
+
+def _with_running(source: sa.FromClause) -> sa.FromClause:
+    is_running = _RUNNING.c.status == sa.literal_column("'running'")
+    return source.outerjoin(_RUNNING, sa.and_(_RUNNING.c.run_id == runs_table.c.id, is_running))
+
+
+def _first(conditions: Sequence[sa.ColumnElement[bool]], order: str, limit: int) -> sa.Subquery:
+    """Run and device class of the first rows: 100,000 rows are sorted without their columns."""
+    source: sa.FromClause = runs_table.outerjoin(
+        run_summary, run_summary.c.run_id == runs_table.c.id
+    )
+    if order.removeprefix("-") in _OF_RUNNING:
+        source = _with_running(source)
+    return (
+        sa.select(runs_table.c.id, run_summary.c.device_class)
+        .select_from(source)
+        .where(*conditions)
+        .order_by(*_terms(order))
+        .limit(limit)
+        .subquery("chosen")
     )
 
 
-def _ordered(query: sa.Select[Any], order: str | None) -> sa.Select[Any]:
+def _terms(order: str | None) -> list[sa.ColumnElement[Any]]:
+    """What to sort by."""
     if order is None:
-        return query.order_by(runs_table.c.id)
+        return [runs_table.c.id]
     name = order.removeprefix("-")
     if name not in LISTED:
         raise StoreError(f"order={order!r}: no such column{suggestion(name, LISTED)}")
-    column = query.selected_columns[name]
+    column = _listed_columns()[name]
     direction = column.desc() if order.startswith("-") else column.asc()
-    return query.order_by(direction.nulls_last(), runs_table.c.id)
+    return [direction.nulls_last(), runs_table.c.id]
 
 
 def _checked_status(status: str) -> str:

@@ -21,7 +21,7 @@ from db.errors import StoreError
 from db.measures import METRIC_COLUMNS, METRICS, SELECTION_K, SELECTION_METRIC, metric_column
 from db.spec import AttemptStatus, RunSpec, RunStatus, field_types
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 """Revision of the newest migration; what this srsweep reads and writes."""
 
 OWN = "own"
@@ -296,6 +296,21 @@ run_summary = sa.Table(
     sa.Column("finished_at", UtcDateTime, nullable=False),
     *(sa.Column(name, sa.Double) for name in METRIC_SUMMARY_COLUMNS),
     _one_of("status", RunStatus),
+)
+
+packed_summaries = sa.Table(
+    "packed_summaries",
+    metadata,
+    sa.Column("run_id", _ID, primary_key=True, autoincrement=False),
+    sa.Column("device_class", sa.Text, primary_key=True),
+    sa.Column("layout", sa.BigInteger, nullable=False),
+    sa.Column("labels", sa.Text, nullable=False),
+    sa.Column("numbers", sa.LargeBinary, nullable=False),
+    sa.ForeignKeyConstraint(
+        ["run_id", "device_class"],
+        ["run_summary.run_id", "run_summary.device_class"],
+        ondelete="CASCADE",
+    ),
 )
 
 events = sa.Table(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from db import migrate, query
+from db.schema import SCHEMA_VERSION
 from db.spec import RunStatus
 from sweeper.cli import main as cli
 
@@ -36,7 +37,7 @@ def test_upgrade_makes_tables_and_check_tells_of_them(empty_url, capsys):
     code, out, _ = run(capsys, "db", "upgrade", "--db", empty_url)
     assert (code, out.endswith("the schema is up to date\n")) == (0, True)
     code, out, _ = run(capsys, "db", "check", "--db", empty_url)
-    assert (code, out.endswith(": schema 0001, 0 sweeps, 0 runs\n")) == (0, True)
+    assert (code, out.endswith(f": schema {SCHEMA_VERSION}, 0 sweeps, 0 runs\n")) == (0, True)
     assert "secret" not in out
 
 
@@ -100,9 +101,9 @@ def test_grant_takes_the_password_from_the_environment(databases, make_bench, ca
 def test_an_older_file_is_kept_beside_the_upgraded_one(databases, make_bench, monkeypatch):
     bench = make_bench(databases.sqlite())
     assert migrate.back_up_older(bench.url) is None
-    monkeypatch.setattr(migrate, "SCHEMA_VERSION", "0002")
+    monkeypatch.setattr(migrate, "SCHEMA_VERSION", "9999")
     backup = migrate.back_up_older(bench.url)
-    assert backup.name.endswith(".db.schema-0001")
+    assert backup.name.endswith(f".db.schema-{SCHEMA_VERSION}")
     monkeypatch.undo()
     assert len(query.runs(f"sqlite:///{backup}")) == 3
     assert migrate.back_up_older(databases.sqlite(empty=True)) is None

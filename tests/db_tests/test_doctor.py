@@ -65,6 +65,16 @@ def test_statuses_that_contradict_each_other(bench):
     assert "2 runs say they run" in _troubles(examine(bench.url))["statuses"].text
 
 
+def test_results_that_are_not_packed(bench, result):
+    with bench.writer(bench.claim(0)) as writer:
+        writer.finish(result())
+    assert "packed results" not in _troubles(examine(bench.url))
+    bench.execute("UPDATE run_summary SET ndcg_at_10 = 0.5")
+    found = _troubles(examine(bench.url))["packed results"]
+    assert (found.level, found.text.split(";")[0]) == ("warning", "0 of 1 results are packed")
+    assert "srsweep db upgrade" in found.remedy
+
+
 def test_spools_that_wait(bench, step, tmp_path):
     held = bench.claim(0)
     made = Spool(tmp_path, held)

@@ -102,6 +102,8 @@ def test_a_writer_carries_a_sweep(owned, step, evaluation, result, worker, tmp_p
     held = store.claim(bench.keys[0], worker)
     with store.writer(held, spool_dir=tmp_path, flush_seconds=0.02) as writer:
         assert writer.finish(result())
+    assert len(query.summary_frame(urls["reader"])) == 2
+    _execute(urls["writer"], "UPDATE run_summary SET ndcg_at_10 = 0.5")
 
 
 def test_a_grant_can_be_narrowed_and_a_password_changed(owned):

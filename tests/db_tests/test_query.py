@@ -362,6 +362,20 @@ def test_averages_are_floats(still):
     assert type(row["mean"]) is float
 
 
+def test_values_of_every_type_on_postgresql(databases):
+    sql = (
+        "SELECT 0.1::float8 AS a, 0.1::numeric AS b, true AS c, 7::smallint AS d, 2^62 AS e, "
+        "'x'::varchar AS f, timestamptz '2026-01-01 00:00:00+00' AS g, null AS h"
+    )
+    (row,) = query.rows(databases.postgres(), sql)
+    day = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    assert list(row.values()) == [0.1, 0.1, True, 7, 2.0**62, "x", day, None]
+    assert type(row["b"]) is float
+    (text,) = query.rows(databases.postgres(), f"{sql}, 0.1::float4 AS i, '1.2.3.4'::inet AS j")
+    assert [*text.values()][:8] == [*row.values()]
+    assert (text["i"], str(text["j"])) == (0.1, "1.2.3.4")
+
+
 def test_unknown_names_are_named(still):
     with pytest.raises(StoreError, match=r"query: .*nosuch"):
         query.rows(still.url, "SELECT nosuch FROM runs")
@@ -465,6 +479,13 @@ def test_the_listing_is_filtered_sorted_and_cut(filled):
         seeds(status="finished")
     with pytest.raises(StoreError, match="no sweep 'dem'; did you mean 'demo'"):
         seeds(sweep="dem")
+
+
+def test_a_sorted_listing_that_is_cut_is_the_head_of_the_whole(filled):
+    for name in LISTED:
+        for order in (name, f"-{name}"):
+            whole = query.runs(filled.url, order=order)
+            assert query.runs(filled.url, order=order, limit=2) == whole[:2], order
 
 
 def test_the_frame_of_summaries(filled):
