@@ -14,6 +14,8 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sized
@@ -22,7 +24,7 @@ from typing import Any
 
 from bench.measure import save, spread, table
 from bench.postgres import temporary_server
-from db import query, reader
+from db import packed, query, reader
 from db.connect import write_engine
 from db.measures import METRICS, RunResult, StepRecord
 from db.rows import STEP_COLUMNS
@@ -361,6 +363,12 @@ def _load_runs(url: str, num_runs: int) -> None:
         "'training_only', 'patience', 1000, 4, 800, 123456, 6.5, 3500000000 + run_id, "
         f"2000000000, 12.5, 0.5, 0.01, 50.0, 12000.0, {values} FROM attempts",
     ])  # fmt: skip
+    # a finishing run packs its own result
+    engine = write_engine(url)
+    with engine.begin() as connection:
+        packed.refresh(connection)
+    engine.dispose()
+    _execute(url, [])
 
 
 def _run_questions(url: str, backend: str, num_runs: int) -> list[dict[str, object]]:
@@ -377,8 +385,20 @@ def _run_questions(url: str, backend: str, num_runs: int) -> list[dict[str, obje
         "all runs filtered and sorted": (
             lambda: query.runs(url, status="done", order="-ndcg_at_10"), done),
         "summary_frame": (lambda: query.summary_frame(url), num_runs),
+        "srsweep runs, the whole command": (lambda: _command(url), 50),
     }  # fmt: skip
     return [
         _answer(name, backend, ask, expected, runs=num_runs)
         for name, (ask, expected) in questions.items()
     ]
+
+
+def _command(url: str) -> list[str]:
+    """Rows that the command line prints, in a process of its own."""
+    words = ["runs", "--db", url, "--sweep", "bench", "--status", "done", "--sort", "ndcg_at_10"]
+    code = "import sys; from sweeper.cli.main import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--limit", "50", "--csv"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()[1:]
