@@ -254,15 +254,15 @@ def draw(table: Sequence[Row], path: Path) -> None:
         axis.set_xticks([100 * share for share in SHARES])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of the full grid's hypervolume")
-    axes[0].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
 _LOOKS = {
-    "srsweep": ("o", "#b2182b"), "srsweep_warm": ("D", "#ef8a62"), "gp": ("s", "#2166ac"),
-    "tpe": ("^", "#67a9cf"), "nsga2": ("v", "#7fbf7b"), "random": ("x", "#777777"),
-    "grid": ("+", "#bbbbbb"), "botorch": ("P", "#762a83"),
+    "srsweep": ("o", "#b2182b"), "srsweep_warm": ("D", "#ef8a62"), "botorch": ("P", "#762a83"),
+    "gp": ("s", "#2166ac"), "tpe": ("^", "#67a9cf"), "nsga2": ("v", "#7fbf7b"),
+    "random": ("x", "#777777"), "grid": ("+", "#bbbbbb"),
 }  # fmt: skip
 
 
