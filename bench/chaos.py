@@ -78,6 +78,9 @@ MUST_BE_ZERO = (*LOSSES, "fenced rows")
 KINDS = ("driver kills", "worker kills", "freezes")
 STEPS = 20
 STEP_SECONDS = 0.05
+_REFUSED = 2
+"""Exit code of a launch that says what must be mended first."""
+_MAX_REFUSED = 3
 NAMED = 0.25
 """Share of the kills at named points; the others come at random moments."""
 
@@ -161,7 +164,7 @@ class Chaos:
             Give up after so long.
         """
         began = time.monotonic()
-        driver = self._start()
+        driver, refused = self._start(), 0
         try:
             while time.monotonic() - began < limit_seconds:
                 time.sleep(self._random.uniform(0.2, 0.8))
@@ -171,6 +174,10 @@ class Chaos:
                     self.counts["launches"] += 1
                     if driver.returncode == 0:
                         break
+                    refused = refused + 1 if driver.returncode == _REFUSED else 0
+                    if refused == _MAX_REFUSED:
+                        log = (self.folder / "driver.log").read_text()
+                        raise RuntimeError(f"launches do not start: {log[-500:]}")
                     driver = self._start()
                 progress = self._share_done()
                 if driver.poll() is None and done < min(self.kills, 1 + self.kills * progress):
