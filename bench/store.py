@@ -6,7 +6,9 @@ Writers are processes; each claims a run of its own and hands step records to `R
 row passes fence, heartbeat and duplicate check. The clock runs from the first record of the first
 writer to the end of the last `finish`; afterwards every row is counted. A step row has 10 numeric
 columns and counts as 10 values. PostgreSQL is a local server with fsync and synchronous commit on.
-Queries are asked of finished runs that the database made itself from a few series of numbers.
+Queries are asked of finished runs that the database made itself from a few series of numbers:
+by default 1,000 runs of 10,000 steps, which are 100 M values, and 100,000 runs without steps.
+Four writers for a minute each: `--writes --rounds 1 --seconds 60`.
 """
 
 import argparse

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -151,7 +150,7 @@ class _Rows:
         import numpy as np
 
         order = None
-        if any(a > b for a, b in pairwise(self.keys)):
+        if sorted(self.keys) != self.keys:
             order = np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__))
         found: dict[str, Any] = {}
         for name, values in zip(_AS_IS, self._as_is, strict=True):
