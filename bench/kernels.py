@@ -137,8 +137,8 @@ def measure_here(step: Step, num_tokens: int, num_items: int, width: int, repeat
     e = torch.randn(num_tokens, width, requires_grad=True)
     weight = torch.empty(num_items, width).normal_(0, width**-0.5).requires_grad_()
     target = torch.randint(num_items, (num_tokens,))
-    small = torch.randn(8, width), torch.randn(300, width), torch.arange(8)
-    step(*small)  # what is allocated once is no cost of the loss
+    small = torch.randn(8, width, requires_grad=True), torch.randn(300, width, requires_grad=True)
+    step(*small, torch.arange(8)).backward()  # what is imported once is no cost of the loss
     before = _resident_bytes()
     _reset_peak()
     wall, cpu = [], []

@@ -116,6 +116,13 @@ def linear_cross_entropy(
     ValueError, TypeError
         An argument of wrong shape, dtype, device, range or combination; the text names it.
 
+    Notes
+    -----
+    On a CPU the plain full softmax of float32 or float64 tensors, reduced to one number, finds its
+    gradients in the forward pass where gradients are recorded: it then holds a gradient of
+    weight's size until the backward pass, and at most `torch_fused.BUFFER_BYTES` of exponentials
+    meanwhile. Beyond `torch_fused.GRADIENT_BYTES`, and under `torch.no_grad`, it does not.
+
     References
     ----------
     .. [1] Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025,
