@@ -5,6 +5,7 @@ the full softmax; at that point the gradient of the sampled loss is compared wit
 sets shared by T tokens. Then the same model is trained from scratch with each T.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -161,11 +162,16 @@ def corrections(shared: Path, epochs: int) -> list[dict[str, object]]:
     return rows
 
 
-def quality(shared: Path, epochs: int) -> list[dict[str, object]]:
-    """One row per T, and one for the full softmax: NDCG@10 on each user's last event."""
+def quality(shared: Path, epochs: int, shares: Sequence[str] = ()) -> list[dict[str, object]]:
+    """One row per T, and one for the full softmax: NDCG@10 on each user's last event.
+
+    With `shares` only these, of "full" and those of `SHARES`.
+    """
     history, target, test_history, test_target, num_items = load_examples(_ratings(shared))
     rows: list[dict[str, object]] = []
     for share in (None, *SHARES):
+        if shares and str(share or "full") not in shares:
+            continue
         scores = [
             ndcg(
                 train((history, target), num_items, share, epochs, seed), test_history, test_target

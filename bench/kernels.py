@@ -275,6 +275,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--shared", type=Path, default=os.environ.get("SRSWEEP_SHARED"))
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument(
+        "--shares", nargs="*", default=(), help="of the part quality: full, 1, 32, 128, 1024, batch"
+    )
     parser.add_argument("--figure", type=Path, help="draw the rows in --out into this folder")
     options = parser.parse_args(arguments)
     if options.figure:
@@ -303,8 +306,11 @@ def main(arguments: Sequence[str]) -> int:
             if options.shared is None:
                 print("sharing reads real data: give --shared or SRSWEEP_SHARED", file=sys.stderr)
                 return 1
-            table = {"sharing": sharing, "quality": quality, "corrections": corrections}
-            rows = table[part](Path(options.shared), options.epochs)
+            shared, epochs = Path(options.shared), options.epochs
+            if part == "quality":
+                rows = quality(shared, epochs, options.shares)
+            else:
+                rows = {"sharing": sharing, "corrections": corrections}[part](shared, epochs)
         elif part == "aot":
             rows = list(compiled_rows())
         elif part == "gpu":
