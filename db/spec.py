@@ -87,6 +87,8 @@ class RunSpec:
     """Training objective: bce, bce_plus, gbce, ce, ce_minus, cce, cce_minus or sce."""
     batch_size: int = 128
     """Users per optimizer step (bs)."""
+    micro_batch_size: int | None = None
+    """Users per forward and backward pass; gradients of a batch add up; null is the whole batch."""
     max_seq_len: int = 200
     """Most recent items kept per user (sl)."""
     num_negatives: int | None = None
@@ -336,6 +338,7 @@ def _check_types(spec: RunSpec) -> None:
 
 _POSITIVE = (
     "batch_size",
+    "micro_batch_size",
     "max_seq_len",
     "num_negatives",
     "sce_bucket_size_x",
@@ -390,12 +393,35 @@ def _check_combinations(spec: RunSpec) -> None:
             f"num_negatives={spec.num_negatives} with loss='bce': it takes one; use 'bce_plus' "
             "for more"
         )
+    _check_micro_batches(spec)
     for name, applies, where in _conditions(spec):
         default = RunSpec.__dataclass_fields__[name].default
         if getattr(spec, name) != default and not applies:
             raise SpecError(
                 f"{name}={getattr(spec, name)!r} has no effect with loss={spec.loss!r} and "
                 f"model={spec.model!r}; it needs {where}"
+            )
+
+
+def _check_micro_batches(spec: RunSpec) -> None:
+    """Refuse pieces of a batch that would be the batch, or another gradient than the batch's."""
+    size = spec.micro_batch_size
+    if size is None:
+        return
+    if size >= spec.batch_size:
+        raise SpecError(
+            f"micro_batch_size={size} leaves batch_size={spec.batch_size} whole; use null, or less"
+        )
+    shared = {
+        "loss": spec.loss == "sce",
+        "negative_sampler": spec.negative_sampler == "in_batch",
+        "negatives_share": spec.negatives_share == "batch",
+    }
+    for name, compares in shared.items():
+        if compares:
+            raise SpecError(
+                f"micro_batch_size={size} would change what {name}={getattr(spec, name)!r} takes "
+                "from a batch; use null and lower batch_size instead"
             )
 
 

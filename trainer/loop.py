@@ -42,8 +42,6 @@ class TrainOptions:
         Report every so many steps.
     evaluation_budget_bytes : int
         Bytes of scores that an evaluation holds at once.
-    micro_batch_size : int, optional
-        Users per forward and backward pass, see `TrainingStep`; null is the whole batch.
     checkpoint_dir : Path, optional
         Folder for the checkpoint of the run. One that is there is resumed from; it is removed
         when the run ends.
@@ -60,7 +58,6 @@ class TrainOptions:
 
     step_rows_every: int = 1
     evaluation_budget_bytes: int = DEFAULT_BUDGET
-    micro_batch_size: int | None = None
     checkpoint_dir: Path | None = None
     checkpoint_minutes: float = 10.0
     histograms_every: int | None = None
@@ -175,7 +172,7 @@ class _Run:
         if initialise is not None:
             initialise(self._model)
         self._num_parameters = self._parts.num_parameters
-        self._take_step = TrainingStep(spec, self._parts, micro_batch_size=options.micro_batch_size)
+        self._take_step = TrainingStep(spec, self._parts)
         if options.checkpoint_dir is not None:
             key = run_key(spec, dataset.fingerprint)
             self._file = CheckpointFile(options.checkpoint_dir, key)

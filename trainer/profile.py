@@ -98,7 +98,6 @@ def profile(
     device: str | torch.device = "cpu",
     *,
     num_steps: int = 10,
-    micro_batch_size: int | None = None,
     evaluation_budget_bytes: int = DEFAULT_BUDGET,
 ) -> StepProfile:
     """Take some training steps and one evaluation, and say what each part of them costs.
@@ -112,8 +111,6 @@ def profile(
     num_steps : int
         Steps to time after the first two; at most what one epoch has. Half as many, those of
         the most tokens, are followed tensor by tensor.
-    micro_batch_size : int, optional
-        See `TrainingStep`.
     evaluation_budget_bytes : int
         Bytes of scores that an evaluation holds at once.
 
@@ -132,7 +129,7 @@ def profile(
         probe = MemoryProbe(where)
         try:
             parts = assemble(spec, dataset, where, evaluation_budget_bytes=evaluation_budget_bytes)
-            run = _Profiler(spec, parts, where, probe, micro_batch_size)
+            run = _Profiler(spec, parts, where, probe)
             return run.profile(num_steps)
         except (RuntimeError, MemoryError) as error:
             shortage = memory_shortage(error)
@@ -217,16 +214,13 @@ class _Profiler:
         parts: Assembly,
         device: torch.device,
         probe: MemoryProbe,
-        micro_batch_size: int | None,
     ) -> None:
         self._parts = parts
         self._device = device
         self._probe = probe
         self._tracker: TensorTracker | None = None
         self._marks: list[tuple[Phase, float]] = []
-        self._take_step = TrainingStep(
-            spec, parts, micro_batch_size=micro_batch_size, on_phase=self._enter
-        )
+        self._take_step = TrainingStep(spec, parts, on_phase=self._enter)
         self._num_taken = 0
 
     def profile(self, num_steps: int) -> StepProfile:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from db.errors import SpecError
 from db.spec import RunSpec
 from trainer.assembly import Assembly
 from trainer.data.batches import IntArray
@@ -59,20 +58,12 @@ class TrainingStep:
     Parameters
     ----------
     spec : RunSpec
-        With its precision resolved.
+        With its precision resolved. With `micro_batch_size`, gradients are summed over the
+        micro-batches and divided by the targets of the whole batch, whatever the share of each,
+        so that a step is that of the undivided batch but for rounding and random draws.
     parts : Assembly
-    micro_batch_size : int, optional
-        Users per forward and backward pass. Gradients are summed over the micro-batches and
-        divided by the targets of the whole batch, whatever the share of each, so that a step
-        is that of the undivided batch but for rounding and random draws.
     on_phase : callable, optional
         Told when a phase of the step begins.
-
-    Raises
-    ------
-    SpecError
-        The loss compares the targets of a batch with each other, which micro-batches would
-        change.
     """
 
     def __init__(
@@ -80,15 +71,12 @@ class TrainingStep:
         spec: RunSpec,
         parts: Assembly,
         *,
-        micro_batch_size: int | None = None,
         on_phase: Callable[[Phase], object] | None = None,
     ) -> None:
-        if micro_batch_size is not None:
-            _check_divisible(spec, micro_batch_size)
         self._seed = spec.seed
         self._dtype = _AUTOCAST.get(spec.precision or "fp32")
         self._parts = parts
-        self._micro_batch_size = micro_batch_size or spec.batch_size
+        self._micro_batch_size = spec.micro_batch_size or spec.batch_size
         self._on_phase = on_phase
 
     def __call__(self, users: IntArray, step: int) -> StepOutcome:
@@ -162,19 +150,3 @@ class TrainingStep:
         return (
             contextlib.nullcontext() if self._dtype is None else torch.autocast(kind, self._dtype)
         )
-
-
-def _check_divisible(spec: RunSpec, micro_batch_size: int) -> None:
-    if micro_batch_size < 1:
-        raise SpecError(f"micro_batch_size={micro_batch_size} must be 1 or more")
-    shared = {
-        "loss": spec.loss if spec.loss == "sce" else None,
-        "negative_sampler": spec.negative_sampler if spec.negative_sampler == "in_batch" else None,
-        "negatives_share": spec.negatives_share if spec.negatives_share == "batch" else None,
-    }
-    for name, value in shared.items():
-        if value is not None:
-            raise SpecError(
-                f"micro_batch_size={micro_batch_size} would change what {name}={value!r} takes "
-                "from a batch; lower batch_size instead"
-            )

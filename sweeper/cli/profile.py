@@ -15,7 +15,6 @@ def show_profile(
     spec: RunSpec,
     dataset: "Dataset",
     device: str,
-    micro_batch_size: int | None,
     folder: Path | None,
     shown: OutputFormat,
 ) -> None:
@@ -27,15 +26,13 @@ def show_profile(
         With its precision resolved.
     dataset : Dataset
     device : str
-    micro_batch_size : int, optional
-        Users per forward and backward pass.
     folder : Path, optional
         Where the picture and its CSV go.
     shown : OutputFormat
     """
     from trainer.profile import profile
 
-    found = profile(spec, dataset, device, micro_batch_size=micro_batch_size)
+    found = profile(spec, dataset, device)
     rows = profile_rows(found)
     if shown is not OutputFormat.TABLE:
         print_rows(rows, shown)

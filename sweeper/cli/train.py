@@ -72,12 +72,6 @@ def train_command(
             "--from", metavar="FOLDER", help="Start from an exported model; new items are added."
         ),
     ] = None,
-    micro_batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Users per forward and backward pass; gradients add up."
-        ),
-    ] = None,
     profile: Annotated[
         bool,
         typer.Option(
@@ -111,15 +105,10 @@ def train_command(
     device = choose_device(device)
     spec = spec.resolved(device.partition(":")[0])
     if profile or profile_dir is not None:
-        show_profile(spec, dataset, device, micro_batch_size, profile_dir, shown)
+        show_profile(spec, dataset, device, profile_dir, shown)
         return
     from trainer.loop import TrainOptions, train
 
-    if db is not None and micro_batch_size is not None:
-        raise SpecError(
-            "--micro-batch-size cannot go with --db: the database compares the memory of runs by "
-            "their settings, and this is none of them; leave one out"
-        )
     initialise = None
     if from_model is not None:
         if db is not None:
@@ -133,7 +122,6 @@ def train_command(
     options = TrainOptions(
         step_rows_every=step_rows_every,
         histograms_every=histograms_every,
-        micro_batch_size=micro_batch_size,
         checkpoint_dir=checkpoint_dir,
         checkpoint_minutes=checkpoint_minutes,
         on_trained=_keeper(keep_model, spec, dataset) if keep_model else None,

@@ -185,6 +185,8 @@ def _specs(draw: st.DrawFn) -> RunSpec:
         "metric_frame": draw(st.sampled_from(["train", "test_history"])),
         "seed": draw(st.integers(0, 2**63 - 1)),
     }  # fmt: skip
+    if loss != "sce" and values["batch_size"] > 1:
+        values["micro_batch_size"] = draw(st.none() | st.integers(1, values["batch_size"] - 1))
     if loss in SAMPLED_LOSSES:
         values["num_negatives"] = 1 if loss == "bce" else draw(st.integers(1, 10**6))
         values["optimizer"] = draw(st.sampled_from(["adam", "rowwise_adam"]))

@@ -52,6 +52,7 @@ def test_the_name_of_the_dataset_is_not_in_the_key_but_its_content_is():
 def test_every_field_but_the_name_of_the_dataset_is_in_the_key():
     changes = {
         "dataset": "b", "model": "bert4rec", "batch_size": 64, "max_seq_len": 20,
+        "micro_batch_size": 8,
         "embedding_dim": 64, "num_blocks": 1, "num_heads": 1, "dropout_rate": 0.2,
         "learning_rate": 0.01, "precision": "bf16", "max_epochs": 1, "patience": 1,
         "evaluate_every_steps": 5, "max_validation_users": 5, "mask_seen": False,
@@ -117,8 +118,24 @@ def test_integers_and_floats_of_equal_value_make_one_key():
         ({"loss": "bce", "num_negatives": 4}, "it takes one; use 'bce_plus'"),
         ({"gbce_t": 0.5}, "gbce_t=0.5 has no effect with loss='ce'"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be 1 or more"),
+        ({"micro_batch_size": 128}, "micro_batch_size=128 leaves batch_size=128 whole"),
+        (
+            {"micro_batch_size": 8, "loss": "sce"},
+            "micro_batch_size=8 would change what loss='sce' takes from a batch",
+        ),
+        (
+            {"micro_batch_size": 8, "loss": "cce_minus", "num_negatives": 4,
+             "negative_sampler": "in_batch"},
+            "negative_sampler='in_batch' takes from a batch",
+        ),
+        (
+            {"micro_batch_size": 8, "loss": "bce_plus", "num_negatives": 4,
+             "negatives_share": "batch"},
+            "negatives_share='batch' takes from a batch",
+        ),
     ],
-)
+)  # fmt: skip
 def test_refusals_name_value_and_remedy(values, message):
     with pytest.raises(SpecError) as caught:
         RunSpec.from_mapping({"dataset": "a", **values})

@@ -197,10 +197,12 @@ def test_profile_prints_tables_and_draws(capsys, data_dir, tmp_path):
     assert "choose another folder" in err
 
 
-def test_micro_batches_are_not_recorded(capsys, data_dir, tmp_path):
-    arguments = ["train", "--dataset", "tiny", "--data-dir", str(data_dir), *SMALL]
-    arguments += ["--micro-batch-size", "16"]
-    code, _, err = shown(capsys, *arguments, "--db", f"sqlite:///{tmp_path / 'runs.db'}")
-    assert code == 2
-    assert "--micro-batch-size cannot go with --db" in err
-    assert shown(capsys, *arguments)[0] == 0
+def test_micro_batches_are_recorded_with_the_run(capsys, data_dir, tmp_path):
+    from db.query import rows
+
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    arguments = ["train", "--dataset", "tiny", "--data-dir", str(data_dir), *SMALL, "--db", url]
+    for more in (["--micro-batch-size", "16"], []):
+        assert shown(capsys, *arguments, *more)[0] == 0
+    found = rows(url, "SELECT micro_batch_size FROM runs ORDER BY id")
+    assert [row["micro_batch_size"] for row in found] == [16, None]

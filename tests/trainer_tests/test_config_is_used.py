@@ -45,6 +45,7 @@ CHANGES = [
     Change("loss", "bce_plus", {"loss": "gbce", "num_negatives": 4}),
     Change("loss", "sce"),
     Change("batch_size", 12),
+    Change("micro_batch_size", 8),
     Change("max_seq_len", 6),
     Change("num_negatives", 5, CCE_MINUS),
     Change("num_negatives", 5, {"loss": "ce_minus", "num_negatives": 4}),

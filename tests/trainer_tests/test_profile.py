@@ -70,7 +70,7 @@ def test_the_loss_is_what_grows_with_negatives_and_what_fused_losses_save(catalo
 
 def test_micro_batches_lower_activations_and_loss(catalog):
     whole = profile(SPEC, catalog, num_steps=1).step_bytes
-    split = profile(SPEC, catalog, num_steps=1, micro_batch_size=16).step_bytes
+    split = profile(dataclasses.replace(SPEC, micro_batch_size=16), catalog, num_steps=1).step_bytes
     assert split["parameters"] == whole["parameters"]
     assert split["loss"] < 0.5 * whole["loss"]
     assert split["activations"] < 0.5 * whole["activations"]

@@ -5,10 +5,9 @@ import pytest
 import torch
 from conftest import ListRecorder
 
-from db.errors import SpecError
 from db.spec import RunSpec
 from trainer.assembly import assemble
-from trainer.loop import TrainOptions, train
+from trainer.loop import train
 from trainer.step import PHASES, TrainingStep
 
 SPEC = RunSpec(
@@ -24,9 +23,10 @@ SPEC = RunSpec(
 CPU = torch.device("cpu")
 
 
-def after_one_step(dataset, spec, micro_batch_size, steps=1):
+def after_one_step(dataset, spec, micro_batch_size):
+    spec = dataclasses.replace(spec, micro_batch_size=micro_batch_size)
     parts = assemble(spec, dataset, CPU)
-    take_step = TrainingStep(spec, parts, micro_batch_size=micro_batch_size)
+    take_step = TrainingStep(spec, parts)
     users = next(parts.batches.epoch_users(0))
     outcome = take_step(users, 0)
     return outcome, torch.cat([p.detach().flatten() for p in parts.parameters])
@@ -64,46 +64,24 @@ def test_targets_of_micro_batches_differ_in_number(dataset):
 
 def test_micro_batches_draw_negatives_of_their_own(dataset, monkeypatch):
     seen = []
-    spec = dataclasses.replace(SPEC, loss="ce_minus", num_negatives=4)
+    spec = dataclasses.replace(SPEC, loss="ce_minus", num_negatives=4, micro_batch_size=10)
     parts = assemble(spec, dataset, CPU)
     loss = parts.loss
     parts.loss = lambda made, weight, bias, draw: (
         seen.append(draw),
         loss(made, weight, bias, draw),
     )[1]
-    TrainingStep(spec, parts, micro_batch_size=10)(next(parts.batches.epoch_users(0)), 3)
+    TrainingStep(spec, parts)(next(parts.batches.epoch_users(0)), 3)
     assert len(set(seen)) == 2
     assert seen[0] == 3
 
 
 def test_training_in_micro_batches_learns_alike(dataset):
-    options = [TrainOptions(), TrainOptions(micro_batch_size=6)]
     recorders = [ListRecorder(), ListRecorder()]
-    for option, recorder in zip(options, recorders, strict=True):
-        train(SPEC, dataset, recorder, options=option)
+    for size, recorder in zip([None, 6], recorders, strict=True):
+        train(dataclasses.replace(SPEC, micro_batch_size=size), dataset, recorder)
     whole, split = ([r.loss for r in recorder.steps] for recorder in recorders)
     assert split == pytest.approx(whole, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"loss": "sce", "sce_bucket_size_y": 8},
-        {"loss": "cce_minus", "num_negatives": 4, "negative_sampler": "in_batch"},
-        {"loss": "cce_minus", "num_negatives": 4, "negatives_share": "batch"},
-    ],
-    ids=str,
-)
-def test_losses_over_the_whole_batch_refuse_micro_batches(dataset, fields):
-    spec = dataclasses.replace(SPEC, **fields)
-    value = list(fields.values())[-1] if "sce" not in fields.values() else "sce"
-    with pytest.raises(SpecError, match=rf"micro_batch_size=5 would change what .*'{value}'"):
-        TrainingStep(spec, assemble(spec, dataset, CPU), micro_batch_size=5)
-
-
-def test_micro_batches_without_users_are_refused(dataset):
-    with pytest.raises(SpecError, match="micro_batch_size=0 must be 1 or more"):
-        TrainingStep(SPEC, assemble(SPEC, dataset, CPU), micro_batch_size=0)
 
 
 def test_phases_come_in_order(dataset):
