@@ -120,7 +120,7 @@ def memory_terms(spec: RunSpec, shape: Shape, *, padded: bool = False) -> Memory
     width = spec.embedding_dim
     weights = _num_parameters(spec, shape.num_items)
     tokens = _largest_batch(spec, shape)
-    rows = spec.batch_size * spec.max_seq_len if padded else tokens
+    rows = _users(spec) * spec.max_seq_len if padded else tokens
     squares = rows * spec.max_seq_len if padded else tokens * _mean_context(spec, shape)
     size = 2 if spec.precision in ("fp16", "bf16") else 4
     kept = _ACTIVATIONS_PER_BLOCK[spec.model] * spec.num_blocks + 8
@@ -139,11 +139,17 @@ def memory_terms(spec: RunSpec, shape: Shape, *, padded: bool = False) -> Memory
 
 
 def _largest_batch(spec: RunSpec, shape: Shape) -> float:
-    """Tokens of the largest batch of an epoch: three standard deviations above the mean."""
+    """Tokens of the largest pass of an epoch: three standard deviations above the mean."""
+    users = _users(spec)
     mean = shape.tokens_per_user(spec.max_seq_len)
     variance = max(shape.squared_tokens_per_user(spec.max_seq_len) - mean**2, 0.0)
-    likely = spec.batch_size * mean + 3 * math.sqrt(spec.batch_size * variance)
-    return min(likely, float(spec.batch_size * spec.max_seq_len))
+    likely = users * mean + 3 * math.sqrt(users * variance)
+    return min(likely, float(users * spec.max_seq_len))
+
+
+def _users(spec: RunSpec) -> int:
+    """Users in one forward and backward pass."""
+    return spec.micro_batch_size or spec.batch_size
 
 
 def _mean_context(spec: RunSpec, shape: Shape) -> float:

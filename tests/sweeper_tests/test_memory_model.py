@@ -36,6 +36,13 @@ def test_logits_of_the_full_softmax_and_gathers_of_the_sampled_one():
     assert memory_terms(kernel, full).loss < memory_terms(sampled, full).loss
 
 
+def test_a_batch_in_pieces_holds_what_a_piece_holds():
+    whole, piece = spec(batch_size=64), spec(batch_size=8)
+    pieces = dataclasses.replace(whole, micro_batch_size=8)
+    assert memory_terms(pieces, SHAPE) == memory_terms(piece, SHAPE)
+    assert memory_terms(pieces, SHAPE).loss < memory_terms(whole, SHAPE).loss
+
+
 @pytest.mark.parametrize("name", ["batch_size", "max_seq_len", "num_negatives", "embedding_dim"])
 @pytest.mark.parametrize("loss", ["ce_minus", "cce_minus"])
 def test_more_never_takes_less(name, loss):
