@@ -183,16 +183,10 @@ def full_softmax_total_backward(
 def _full_softmax_total_fake(
     e: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_bias = e.new_empty(0) if bias is None else torch.empty_like(bias)
-    return e.new_empty(()), _like(e), _like(weight), grad_bias
+    return e.new_empty(()), *_full_softmax_backward_fake(e, weight, bias)
 
 
-@full_softmax_total_backward.register_fake
-def _full_softmax_total_backward_fake(
-    e: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_bias = e.new_empty(0) if bias is None else torch.empty_like(bias)
-    return _like(e), _like(weight), grad_bias
+full_softmax_total_backward.register_fake(_full_softmax_backward_fake)
 
 
 def _full_total_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
