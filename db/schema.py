@@ -21,7 +21,7 @@ from db.errors import StoreError
 from db.measures import METRIC_COLUMNS, METRICS, SELECTION_K, SELECTION_METRIC, metric_column
 from db.spec import AttemptStatus, RunSpec, RunStatus, field_types
 
-SCHEMA_VERSION = "0004"
+SCHEMA_VERSION = "0003"
 """Revision of the newest migration; what this srsweep reads and writes."""
 
 OWN = "own"
@@ -265,14 +265,6 @@ METRIC_SUMMARY_COLUMNS: tuple[str, ...] = tuple(
 )
 """Columns of `run_summary` for metrics: test and best validation values and standard errors."""
 
-_LISTED = (
-    "run_id", "device_class", "status", "timing", "num_steps", "best_step",
-    "validation_ndcg_at_10", "ndcg_at_10", "coverage_at_10", "surprisal_at_10",
-    "peak_train_memory_bytes", "memory_bound_bytes", "epoch_seconds", "step_seconds",
-    "train_seconds", "tokens_per_second", "finished_at",
-)  # fmt: skip
-"""What a listing filters and sorts by: an eighth of a row, read from its index."""
-
 run_summary = sa.Table(
     "run_summary",
     metadata,
@@ -304,7 +296,6 @@ run_summary = sa.Table(
     sa.Column("finished_at", UtcDateTime, nullable=False),
     *(sa.Column(name, sa.Double) for name in METRIC_SUMMARY_COLUMNS),
     _one_of("status", RunStatus),
-    sa.Index("ix_run_summary_listed", *_LISTED),
 )
 
 packed_summaries = sa.Table(
