@@ -18,9 +18,9 @@ from bench import measure
 from bench.search import SHAPES, Replay, load_replays
 from db.errors import SearchError
 from db.spec import RunSpec
-from sweeper.advise import (
+from sweeper.advice import Budget
+from sweeper.advise_new import (
     LEAST_CHANCE,
-    Budget,
     advise_new,
     chance_to_fit,
     datasets_with_runs,

@@ -19,7 +19,7 @@ from sweeper.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from sweeper.advise import Advice, AdvisedPoint, Estimate
+    from sweeper.advice import Advice, AdvisedPoint, Estimate
 
 _BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
           "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
@@ -61,7 +61,9 @@ def advise(
         srsweep advise --memory 24GiB --time 8h --dataset movietweetings
         srsweep advise --memory 40GiB --num-items 500000 --mean-length 80
     """
-    from sweeper.advise import Budget, advise, advise_new
+    from sweeper.advice import Budget
+    from sweeper.advise import advise
+    from sweeper.advise_new import advise_new
     from sweeper.memory_model import Shape
     from sweeper.search.history import read_history
 

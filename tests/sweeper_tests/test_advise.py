@@ -9,7 +9,9 @@ from bench.advise import BUDGETS, regret_rows, summary
 from bench.search import load_replays
 from db.errors import SearchError
 from db.spec import RunSpec, RunStatus
-from sweeper.advise import Budget, advise, advise_new, completed_grid
+from sweeper.advice import Budget, completed_grid
+from sweeper.advise import advise
+from sweeper.advise_new import advise_new
 from sweeper.cli.advise import _dataset, parse_bytes, parse_seconds
 from sweeper.cli.main import main
 from sweeper.memory_model import Shape, analytic_bytes
