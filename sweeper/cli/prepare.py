@@ -73,6 +73,14 @@ def prepare(
     validation_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of training users that validate.")
     ] = SplitOptions.validation_fraction,
+    tie_order: Annotated[
+        str,
+        typer.Option(
+            metavar="ORDER",
+            help="Of two events at the same time the earlier one: row (in the file), or item-age "
+            "(on the item that appeared earlier).",
+        ),
+    ] = "row",
     raw_dir: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where downloads are kept.")
     ] = Path("data/raw"),
@@ -107,6 +115,8 @@ def prepare(
 
     if split not in ("global-temporal", "leave-one-out"):
         raise DataError(f"--split {split!r} is neither global-temporal nor leave-one-out")
+    if tie_order not in ("row", "item-age"):
+        raise DataError(f"--tie-order {tie_order!r} is neither row nor item-age")
     if id_type not in (None, "auto", "int", "string"):
         raise DataError(f"--id-type {id_type!r} is none of auto, int, string")
     public = PUBLIC_DATASETS.get(source)
@@ -141,6 +151,7 @@ def prepare(
                 kind="global_temporal" if split == "global-temporal" else "leave_one_out",
                 test_fraction=test_fraction,
                 validation_fraction=validation_fraction,
+                tie_order="row" if tie_order == "row" else "item_age",
             ),
             memory_rows=memory_rows,
             overwrite=overwrite,

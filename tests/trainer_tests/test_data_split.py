@@ -222,11 +222,33 @@ def test_leave_one_out(tmp_path):
     assert dataset.item_ids.tolist() == [10, 13, 12, 11]
 
 
+@pytest.mark.parametrize("memory_rows", [1, 4, 1000])
+def test_ties_by_the_age_of_items(tmp_path, memory_rows):
+    # item 3 is the oldest, then 1 (by its time), then 5 before 2 (by their first rows)
+    rows = [(1, 5, 9), (1, 2, 9), (1, 1, 9), (1, 3, 9), (2, 1, 5), (2, 3, 2), (2, 5, 9), (2, 2, 9)]
+    rows += [(3, 2, 9), (3, 3, 9), (3, 1, 10), (3, 5, 10)]
+    rows += [(4, 3, 40), (4, 2, 30), (4, 5, 20)]
+    dataset = prepare(
+        source_of(rows),
+        tmp_path / "out",
+        filters=NO_FILTER,
+        split=SplitOptions(kind="leave_one_out", tie_order="item_age"),
+        memory_rows=memory_rows,
+    )
+    histories = rows_of(dataset, dataset.test)
+    assert histories[:3] == [(1, 3, 9), (1, 1, 9), (1, 5, 9)]
+    assert histories[3:6] == [(2, 3, 2), (2, 1, 5), (2, 5, 9)]
+    assert histories[6:] == [(3, 3, 9), (3, 2, 9), (3, 1, 10), (4, 5, 20), (4, 2, 30)]
+    assert targets_of(dataset, dataset.test)[:3] == [(1, 2, 9), (2, 2, 9), (3, 5, 10)]
+    assert dataset.meta["split"] == {"kind": "leave_one_out", "tie_order": "item_age"}
+
+
 @pytest.mark.parametrize("kind", ["global_temporal", "leave_one_out"])
+@pytest.mark.parametrize("tie_order", ["row", "item_age"])
 @pytest.mark.parametrize("memory_rows", [7, 100, 1499])
-def test_bounded_memory_changes_nothing(tmp_path, kind, memory_rows):
+def test_bounded_memory_changes_nothing(tmp_path, kind, tie_order, memory_rows):
     rows = random_rows(3, times=300)
-    split = SplitOptions(kind=kind)
+    split = SplitOptions(kind=kind, tie_order=tie_order)
     whole = prepare(source_of(rows), tmp_path / "whole", split=split)
     parts = prepare(
         source_of(rows, chunk_rows=64), tmp_path / "parts", split=split, memory_rows=memory_rows

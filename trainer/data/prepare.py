@@ -32,6 +32,7 @@ from trainer.data.split import (
     split_global_temporal,
     split_leave_one_out,
 )
+from trainer.data.ties import oldest_items_first
 
 DEFAULT_MEMORY_ROWS = 1 << 25
 """Rows held in memory at once; larger inputs go through files beside the output."""
@@ -154,6 +155,10 @@ def _prepare_into(
         "filtered_users": int((user_rows > 0).sum()),
         "filtered_items": int((item_rows > 0).sum()),
     }
+    if options.tie_order == "item_age":
+        progress(f"order {len(log):,} rows by the age of their items")
+        by_age = InteractionLog(folder / "by_age", memory_rows)
+        log = oldest_items_first(log, len(items), by_age, memory_rows)
     progress(f"split {len(log):,} rows")
     if options.kind == "global_temporal":
         chosen = _codes_of(validation_users, user_ids)
@@ -296,7 +301,7 @@ def _require_targets(counts: dict[str, Any], options: SplitOptions) -> None:
 
 def _describe_split(options: SplitOptions, split: Split) -> dict[str, Any]:
     if options.kind == "leave_one_out":
-        return {"kind": options.kind}
+        return {"kind": options.kind, "tie_order": options.tie_order}
     return {**asdict(options), "cutoff_time": split.cutoff}
 
 

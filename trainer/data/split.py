@@ -16,6 +16,7 @@ from trainer.data.interactions import Block, Int64Array, InteractionLog
 
 BoolArray = npt.NDArray[np.bool_]
 SplitKind = Literal["global_temporal", "leave_one_out"]
+TieOrder = Literal["row", "item_age"]
 RowMask = Callable[[int, Block], BoolArray]
 """From the number of a block's first row and the block to the rows that take part."""
 
@@ -52,6 +53,9 @@ class SplitOptions:
     """Share of the training users set aside for validation (global_temporal)."""
     validation_seed: int = 42
     """Seed of the draw of validation users (global_temporal)."""
+    tie_order: TieOrder = "row"
+    """Which of two events at the same time is the earlier one: that of the earlier row, or that on
+    the item which appeared earlier (the order of the paper's sequences)."""
 
     def __post_init__(self) -> None:
         for name in ("test_fraction", "validation_fraction"):
@@ -197,7 +201,7 @@ def split_leave_one_out(log: InteractionLog, num_users: int, num_items: int) -> 
     num_users, num_items : int
         Codes in the log are below these.
     """
-    counts = _count(log, 0, num_users, _all_rows)
+    counts = _count(log, 0, num_users, all_rows)
     long = counts >= 3
     last = _last_rows(log, num_users, np.full(num_users, -1, dtype=np.int64))
     second = _last_rows(log, num_users, last)
@@ -323,5 +327,6 @@ def _keeps(column: int, keep: BoolArray) -> RowMask:
     return lambda _, block: keep[block[column]]
 
 
-def _all_rows(_: int, block: Block) -> BoolArray:
+def all_rows(_: int, block: Block) -> BoolArray:
+    """The mask that every row passes."""
     return np.ones(len(block[0]), dtype=np.bool_)
