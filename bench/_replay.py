@@ -43,7 +43,8 @@ class SasRecModule:
             loss_type=kind,
             loss_sample_count=job["num_negatives"] if sampled else None,
         )
-        load(self.module._model, sasrec_names(weights))
+        if weights is not None:
+            load(self.module._model, sasrec_names(weights))
 
     def batch(self, arrays):
         return {
