@@ -161,7 +161,8 @@ def _misbehave(seed: int, toy: Behaviour, journal: Journal) -> None:
 def main(words: list[str]) -> int:
     """Launch a grid with the toy trainer."""
     from sweeper.grid import load_grid
-    from sweeper.launch import LaunchOptions, launch
+    from sweeper.launch import launch
+    from sweeper.launch_options import LaunchOptions
     from sweeper.plan import RetryLimits
     from sweeper.progress import PlainDisplay
 

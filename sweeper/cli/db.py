@@ -184,7 +184,7 @@ def doctor(
         srsweep db doctor --db postgresql://user@host/runs --json
     """
     from db.doctor import examine, worst
-    from sweeper.launch import default_spool_dir
+    from sweeper.launch_options import default_spool_dir
 
     format = output_format(as_json, as_csv)
     found = examine(db, spool_dir or default_spool_dir(db), integrity=integrity)

@@ -138,8 +138,8 @@ def launch(
     if resources.gpus and resources.gpus > 1 and resources.gpus % 1:
         raise LaunchError(f"--gpus-per-run {resources.gpus} must be a fraction up to 1 or whole")
 
-    from sweeper.launch import LaunchOptions
     from sweeper.launch import launch as launch_grid
+    from sweeper.launch_options import LaunchOptions
     from sweeper.progress import open_display
 
     options = LaunchOptions(

@@ -296,8 +296,9 @@ def _train_recorded(
     import os
 
     from db.store import PlannedRun, RunStore, WorkerInfo
+    from sweeper.datasets import dataset_record
     from sweeper.device import device_class, git_commit, host_name, package_versions
-    from sweeper.launch import dataset_record, default_spool_dir
+    from sweeper.launch_options import default_spool_dir
     from trainer.loop import train
 
     store = RunStore.open(url)

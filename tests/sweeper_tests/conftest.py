@@ -10,7 +10,8 @@ from bench import _toy_trainer
 from bench.chaos import make_dataset
 from sweeper import launch as launching
 from sweeper.grid import parse_grid
-from sweeper.launch import LaunchOptions, launch
+from sweeper.launch import launch
+from sweeper.launch_options import LaunchOptions
 from sweeper.session import Node, Session
 from sweeper.worker import execute
 

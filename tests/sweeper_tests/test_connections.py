@@ -13,7 +13,7 @@ from db import query
 from db.errors import StoreError
 from db.spec import RunSpec
 from db.store import PlannedRun, RunStore
-from sweeper.launch import dataset_record
+from sweeper.datasets import dataset_record
 from sweeper.plan import Slot
 from sweeper.worker import WorkerSettings, execute
 from trainer.data.dataset import load_dataset

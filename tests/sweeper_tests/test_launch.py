@@ -13,7 +13,7 @@ from db.errors import DataError, LaunchError, SpecError, StoreError
 from db.planning import SweepView, end_attempts
 from db.spec import AttemptStatus, RunStatus
 from db.store import RunStore
-from sweeper.launch import default_spool_dir
+from sweeper.launch_options import default_spool_dir
 from sweeper.plan import SHARED_OUT_OF_MEMORY, RetryLimits
 from sweeper.session import Node
 from sweeper.worker import WorkerSettings, describe_worker, execute

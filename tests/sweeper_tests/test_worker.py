@@ -9,7 +9,7 @@ from db.measures import RunResult
 from db.spec import RunSpec, RunStatus
 from db.store import PlannedRun, RunStore
 from sweeper import worker
-from sweeper.launch import dataset_record
+from sweeper.datasets import dataset_record
 from sweeper.plan import SHARED_OUT_OF_MEMORY, Slot
 from sweeper.worker import WorkerSettings, execute
 from trainer.data.dataset import load_dataset
