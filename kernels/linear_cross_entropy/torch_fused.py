@@ -23,6 +23,8 @@ MAX_BLOCK = 128
 """Tokens that meet the catalog at once; more gained nothing in time."""
 MIN_BLOCK = 32
 """Fewer tokens than this read and write dC so often that recomputing logits is as fast."""
+_VECTOR = 16
+"""Columns that a matrix product works on at once; 67 tokens took 15 % longer than 64."""
 TILE_ELEMENTS = 2**18
 """Logits of a thread's tile: 1 MiB in float32, which its cache holds from step to step."""
 
@@ -42,6 +44,8 @@ def block_tokens(num_tokens: int, weight: Tensor) -> int:
     if num_items * width * weight.element_size() > GRADIENT_BYTES:
         return 0
     fitting = min(MAX_BLOCK, BUFFER_BYTES // max(num_items * weight.element_size(), 1))
+    if fitting > _VECTOR:
+        fitting -= fitting % _VECTOR
     return fitting if fitting >= min(MIN_BLOCK, num_tokens) else 0
 
 
