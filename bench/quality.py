@@ -6,9 +6,10 @@ has `replay-rec[torch]`.
 """
 
 import argparse
+import functools
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -55,12 +56,15 @@ def main(arguments: Sequence[str] = ()) -> int:
             "max_epochs": options.max_epochs,
             "seed": seed,
         }
-        found = [ours(options.data, loss, base) for loss in options.losses]
+        jobs: list[Callable[[], dict[str, object]]] = [
+            functools.partial(ours, options.data, loss, base) for loss in options.losses
+        ]
         if options.peer_python:
-            found.append(theirs(options, base))
-        for row in found:
-            print(row, flush=True)
-        rows += [{"dataset": options.data.name, **base, **row} for row in found]
+            jobs.append(functools.partial(theirs, options, base))
+        for job in jobs:
+            row = job()
+            print(f"seed {seed}: {row}", flush=True)
+            rows.append({"dataset": options.data.name, **base, **row})
     print(table(summary(rows)))
     if options.save:
         print(f"saved to {save('quality', rows)}")
