@@ -167,6 +167,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
             ("prepare", "--source", "csv", "--input", "n.csv", "--out", "x", "--id-type", "hex"),
             "--id-type 'hex' is none of auto, int, string",
         ),
+        (
+            ("prepare", "--source", "csv", "--input", "n.csv", "--out", "x", "--tie-order", "id"),
+            "--tie-order 'id' is neither row nor item-age",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, monkeypatch, words, text):
