@@ -21,7 +21,7 @@ from db.errors import StoreError
 from db.measures import METRIC_COLUMNS, METRICS, SELECTION_K, SELECTION_METRIC, metric_column
 from db.spec import AttemptStatus, RunSpec, RunStatus, field_types
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0005"
 """Revision of the newest migration; what this srsweep reads and writes."""
 
 OWN = "own"
