@@ -22,10 +22,12 @@ from db.spec import RunSpec
 from trainer.data.dataset import load_dataset
 from trainer.loop import train
 
-_FIELDS = (
-    "batch_size", "max_seq_len", "embedding_dim", "num_blocks", "num_heads", "dropout_rate",
-    "learning_rate", "max_epochs", "patience", "seed",
+_OPTIONS = (
+    "batch_size", "max_seq_len", "embedding_dim", "dropout_rate", "learning_rate", "max_epochs",
 )  # fmt: skip
+"""Fields of a run that the command line sets."""
+_DEFAULTS = ("num_blocks", "num_heads", "patience")
+"""Fields that the peer is told besides."""
 
 
 def main(arguments: Sequence[str] = ()) -> int:
@@ -47,15 +49,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     torch.set_num_threads(options.threads)
     rows = []
     for seed in options.seeds:
-        base = {
-            "batch_size": options.batch_size,
-            "max_seq_len": options.max_seq_len,
-            "embedding_dim": options.embedding_dim,
-            "dropout_rate": options.dropout_rate,
-            "learning_rate": options.learning_rate,
-            "max_epochs": options.max_epochs,
-            "seed": seed,
-        }
+        base = {name: getattr(options, name) for name in _OPTIONS} | {"seed": seed}
         jobs: list[Callable[[], dict[str, object]]] = [
             functools.partial(ours, options.data, loss, base) for loss in options.losses
         ]
@@ -93,7 +87,7 @@ def theirs(options: argparse.Namespace, base: dict[str, Any]) -> dict[str, objec
         The peer's process failed.
     """
     spec = RunSpec(dataset=options.data.name, loss="ce", **base)
-    job = {name: getattr(spec, name) for name in _FIELDS} | {
+    job = base | {name: getattr(spec, name) for name in _DEFAULTS} | {
         "threads": options.threads, "loss": "ce", "num_negatives": None,
     }  # fmt: skip
     program = Path(__file__).with_name("_peer_quality.py")

@@ -348,6 +348,15 @@ def test_bounds_on_memory_send_large_catalogs_through_twice(monkeypatch):
     assert called
 
 
+@pytest.mark.parametrize(
+    ("num_items", "tokens"),
+    [(10, 128), (524_288, 128), (700_000, 80), (1_000_000, 64), (2_097_152, 32), (3_000_000, 0)],
+)
+def test_blocks_of_tokens_fill_vectors_and_the_buffer(num_items, tokens):
+    weight = torch.empty(num_items, 4, device="meta")
+    assert torch_fused.block_tokens(4096, weight) == tokens
+
+
 def spy(monkeypatch, module, name):
     """Calls of a function that still does its work."""
     original, calls = getattr(module, name), []
