@@ -1,5 +1,6 @@
 """Starts a sweep: checks everything first, opens Ray where there is work, and hands over."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from sweeper.datasets import open_datasets
 from sweeper.device import num_local_cpus, num_local_gpus
 from sweeper.feasibility import CatalogSize, check_negatives, check_resources
 from sweeper.grid import Grid, Resources
-from sweeper.interrupt import interruptible
+from sweeper.interrupt import Interruption, Signals, interruptible
 from sweeper.launch_options import LaunchOptions, Outcome
 from sweeper.parcels import Parcel, send
 from sweeper.planner import Planner
@@ -53,21 +54,35 @@ def launch(grid: Grid, options: LaunchOptions, display: Display) -> Outcome:
         datasets = open_datasets(grid.points, options.data_dir)
         check_negatives(grid.points, {n: CatalogSize(n, d.num_items) for n, d in datasets.items()})
         if options.address is not None:
-            with ray_session(options.address) as session:
+            with contextlib.ExitStack() as ray:
+                session = ray.enter_context(ray_session(options.address))
                 node = session.largest_node
                 resources = _resolved(resources, node.cpus, node.gpus, "the cluster's largest node")
                 site = _inspected(session, options, datasets)
                 parcels = _sent(datasets) if options.send_datasets else {}
                 planner = Planner(grid, options, resources, site, datasets, display, parcels)
-                return planner.carry_out(session, signals)
+                return _carried_out(planner, session, ray, signals)
         cpus, gpus = _local_size(options, resources)
         resources = _resolved(resources, cpus, gpus, "this machine")
         site = local_site(cpus, gpus if resources.gpus else 0.0)
         planner = Planner(grid, options, resources, site, datasets, display)
         if not planner.unfinished():
             return planner.outcome()
-        with ray_session(None, cpus=cpus, gpus=gpus) as session:
-            return planner.carry_out(session, signals)
+        with contextlib.ExitStack() as ray:
+            session = ray.enter_context(ray_session(None, cpus=cpus, gpus=gpus))
+            return _carried_out(planner, session, ray, signals)
+
+
+def _carried_out(
+    planner: Planner, session: Session, ray: contextlib.ExitStack, signals: Signals
+) -> Outcome:
+    """State of the sweep at its end, or after a signal has ended Ray and freed every run."""
+    try:
+        return planner.carry_out(session, signals)
+    except Interruption as interruption:
+        ray.close()
+        planner.give_back(interruption)
+        return planner.outcome(interrupted_by=interruption.number)
 
 
 def _local_size(options: LaunchOptions, resources: Resources) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from db.connect import sqlite_path
@@ -75,6 +75,7 @@ class Planner:
         self._clock = RateClock(self._costs)
         self._varying = _varying_fields(grid.points)
         self._drain = False
+        self._interrupted = False
         self._store = RunStore.open(options.database)
         self._view = SweepView(options.database, grid.name)
         self._record(datasets)
@@ -130,24 +131,43 @@ class Planner:
         return Outcome(self._snapshot(), **how)
 
     def carry_out(self, session: Session, signals: Signals) -> Outcome:
-        """Plan and run rounds until nothing is pending and nothing lives."""
-        try:
-            with Monitor(self._look_after, self._options.poll_seconds, self._display.note):
-                self._rounds(session, signals)
-        except Interruption as interruption:
-            return self.interrupted(interruption)
+        """Plan and run rounds until nothing is pending and nothing lives.
+
+        Raises
+        ------
+        Interruption
+            A signal has come; `give_back` is due again when Ray has ended.
+        """
+        watch = Monitor(self._look_after, self._options.poll_seconds, self._display.note)
+        with self._giving_back(), watch:
+            self._rounds(session, signals)
         return self.outcome(drained=self._drain)
 
-    def interrupted(self, interruption: Interruption) -> Outcome:
-        """Give the runs of this launch free at once and say how to go on."""
-        self._display.note(f"stopping on {interruption}; the same line resumes the sweep")
+    def give_back(self, interruption: Interruption) -> None:
+        """Give the runs of this launch free and say how to go on.
+
+        Called as soon as the signal is seen, for Ray takes its time and a second Ctrl-C may end
+        this process; and again once Ray has ended, for a worker may claim a run until then.
+        """
+        if not self._interrupted:
+            self._display.note(f"stopping on {interruption}; the same line resumes the sweep")
+        self._interrupted = True
         own = [
             attempt.attempt_id
             for attempt in self._view.running_attempts()
             if attempt.versions.get("launch") == self._settings.launch_id
         ]
         end_attempts(self._options.database, own, AttemptStatus.CANCELLED, f"{interruption}")
-        return self.outcome(interrupted_by=interruption.number)
+
+    @contextlib.contextmanager
+    def _giving_back(self) -> Iterator[None]:
+        """Give the runs back where a signal is seen."""
+        try:
+            yield
+        except Interruption as interruption:
+            with contextlib.suppress(StoreError):  # it is tried again once Ray has ended
+                self.give_back(interruption)
+            raise
 
     def _rounds(self, session: Session, signals: Signals) -> None:
         idle, away_since = 0, None
@@ -188,7 +208,11 @@ class Planner:
         """Let Ray Tune carry out what there is; what its trials raised."""
         from sweeper.tuning import Round, run_round
 
-        now = Round(self._agenda, self._take, signals.check, self._refill)
+        def check() -> None:
+            with self._giving_back():
+                signals.check()
+
+        now = Round(self._agenda, self._take, check, self._refill)
         # leftovers in GPU memory would falsify the next run's figures
         reuse = self._options.reuse_workers and not self._resources.gpus
         try:
@@ -276,6 +300,8 @@ class Planner:
 
     def _free_orphans(self) -> None:
         """End attempts whose worker is gone, after their last rows were brought in."""
+        if self._interrupted:
+            return  # Ray ends the workers: they are not lost
         self._store.replay_spools(self._settings.spool_dir)
         here, kills = process_space(), str(kernel_memory_kills())
         dead: dict[str, list[int]] = {}

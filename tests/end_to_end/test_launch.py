@@ -143,7 +143,7 @@ def test_ctrl_c_ends_with_130_and_the_same_line_resumes(sweep):
     assert "the same line resumes" in toy.log()
     ended = query.rows(toy.url, "select status, lease_until from attempts where status <> 'done'")
     assert ended, "nothing was under way"
-    assert all(r["status"] == "cancelled" and r["lease_until"] is None for r in ended)
+    assert all(r["status"] == "cancelled" and r["lease_until"] is None for r in ended), ended
     assert toy.start("seeds: 5").wait(timeout=120) == 0, toy.log()
     assert violations(toy.url) == []
 

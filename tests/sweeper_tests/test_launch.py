@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import os
 import signal
@@ -13,6 +14,8 @@ from db.errors import DataError, LaunchError, SpecError, StoreError
 from db.planning import SweepView, end_attempts
 from db.spec import AttemptStatus, RunStatus
 from db.store import RunStore
+from sweeper import launch as launching
+from sweeper import planner as planning
 from sweeper.launch_options import default_spool_dir
 from sweeper.plan import SHARED_OUT_OF_MEMORY, RetryLimits
 from sweeper.session import Node
@@ -221,6 +224,52 @@ def test_a_signal_frees_the_runs_at_once(planner, number):
     planner.before_task = lambda task: None
     assert planner.launch(GRID.format(3)).snapshot.counts == {"done": 3}
     assert violations(planner.url) == []
+
+
+def test_a_worker_that_claims_until_ray_has_ended_is_freed_too(planner, monkeypatch):
+    whole = planner.session
+
+    def claim(task):
+        worker = describe_worker(planner.settings, task.slot)
+        RunStore(planner.url).claim(task.key, worker, lease_seconds=600)
+
+    @contextlib.contextmanager
+    def slow_to_end(address, **size):
+        with whole(address, **size) as session:
+            try:
+                yield session
+            finally:
+                claim(planner.rounds[0][-1])
+
+    monkeypatch.setattr(launching, "ray_session", slow_to_end)
+    planner.before_task = lambda task: os.kill(os.getpid(), signal.SIGINT)
+    assert planner.launch(GRID.format(1)).exit_code == 130
+    assert query.rows(planner.url, "select status, lease_until from attempts") == [
+        {"status": "cancelled", "lease_until": None}
+    ]
+
+
+def test_workers_that_ray_ends_on_a_signal_are_cancelled_not_lost(planner, monkeypatch):
+    """The monitor sees their processes go before the round has ended."""
+    run_round = planner.run_round
+
+    def slow_to_end(*given, **options):
+        try:
+            return run_round(*given, **options)
+        except BaseException:
+            monkeypatch.setattr(planning, "process_is_alive", lambda pid: False)
+            time.sleep(0.2)
+            raise
+
+    def interrupt(task):
+        worker = describe_worker(planner.settings, task.slot)
+        RunStore(planner.url).claim(task.key, worker, lease_seconds=600)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys.modules["sweeper.tuning"], "run_round", slow_to_end)
+    planner.before_task = interrupt
+    assert planner.launch(GRID.format(1)).exit_code == 130
+    assert query.rows(planner.url, "select status from attempts") == [{"status": "cancelled"}]
 
 
 def test_a_run_that_another_launch_holds_is_waited_for(planner):
