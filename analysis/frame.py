@@ -48,6 +48,13 @@ SHORT_NAMES: dict[str, str] = {
 }
 """Names of the parameters on axes."""
 
+TRAINING_FIELDS: tuple[str, ...] = (
+    "embedding_dim", "num_blocks", "num_heads", "dropout_rate", "mask_probability",
+    "learning_rate", "optimizer", "precision", "max_epochs", "patience", "evaluate_every_steps",
+    "mask_seen", "metric_frame",
+)  # fmt: skip
+"""How a run is trained and measured, whatever its loss and sizes."""
+
 _SPEC_FIELDS = tuple(field.name for field in fields(RunSpec))
 _FREE_FIELDS = {"dataset", "loss", "seed", *FACTORS}
 _REQUIRED = ("run_key", "dataset", "loss", "batch_size", "max_seq_len", "num_negatives", "status")
@@ -275,6 +282,14 @@ def parameter_frame(
 def point_labels(frame: pd.DataFrame) -> pd.Series:
     """Integer label of the point of each run: equal settings but for seed and repeat share it."""
     names = [name for name in _SPEC_FIELDS if name in frame and name != "seed"]
+    return frame.groupby(names, dropna=False, sort=False).ngroup()
+
+
+def trainings(frame: pd.DataFrame) -> pd.Series:
+    """Number of each run's training fields: runs of one number differ in loss and sizes alone."""
+    names = [name for name in TRAINING_FIELDS if name in frame]
+    if not names:
+        return pd.Series(0, index=frame.index)
     return frame.groupby(names, dropna=False, sort=False).ngroup()
 
 

@@ -4,16 +4,30 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.frame import TIME, numeric
+from analysis.frame import TIME, numeric, trainings
 from analysis.plots import style
 from db.measures import MEASURES
 
-_SETTING = ["dataset", "model", "batch_size", "max_seq_len"]
-_COLUMNS = [*_SETTING, "loss", "num_negatives", "filter_eps", "ndcg_at_10", TIME, "num_runs"]
+_SETTING = ["dataset", "model", "training", "batch_size", "max_seq_len"]
+_COLUMNS = [
+    "dataset",
+    "model",
+    "batch_size",
+    "max_seq_len",
+    "loss",
+    "num_negatives",
+    "filter_eps",
+    "ndcg_at_10",
+    TIME,
+    "num_runs",
+]
 
 
 def filtering_data(frame: pd.DataFrame) -> pd.DataFrame:
     """Means of CCE and CCE- by filter threshold, at the setting with the most thresholds.
+
+    Runs are averaged over seeds only, and those of the unbiased filter, which leaves nothing out,
+    do not count.
 
     Parameters
     ----------
@@ -27,8 +41,11 @@ def filtering_data(frame: pd.DataFrame) -> pd.DataFrame:
         none), ndcg_at_10, epoch_seconds, num_runs. Only datasets with CCE at two thresholds.
     """
     fused = frame[frame["loss"].isin(["cce", "cce_minus"])]
+    if "filter_mode" in fused:
+        fused = fused[fused["filter_mode"] != "unbiased"]
     table = fused.assign(
         filter_eps=numeric(fused, "filter_eps").fillna(0.0),
+        training=trainings(fused),
         **{name: numeric(fused, name) for name in ("ndcg_at_10", TIME)},
     ).dropna(subset=["ndcg_at_10"])
     if "model" not in table:

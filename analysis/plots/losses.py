@@ -6,13 +6,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.frame import MEMORY, TIME, numeric, records
+from analysis.frame import MEMORY, TIME, numeric, records, trainings
 from analysis.plots import style
 from db.measures import MEASURES
 
 SHOWN: tuple[str, ...] = ("ndcg_at_10", TIME, MEMORY)
 _POINT = ["dataset", "model", "loss", "batch_size", "max_seq_len", "num_negatives",
-          "negative_sampler", "filter_eps"]  # fmt: skip
+          "negative_sampler", "filter_eps", "filter_mode", "training"]  # fmt: skip
 
 
 def losses_data(frame: pd.DataFrame) -> pd.DataFrame:
@@ -30,8 +30,9 @@ def losses_data(frame: pd.DataFrame) -> pd.DataFrame:
         (means over the point's runs), num_runs. The best of many points is flattered by chance,
         the more the more points there are: `num_points` tells how many it was picked from.
     """
-    names = [name for name in _POINT if name in frame]
-    table = frame.assign(**{name: numeric(frame, name) for name in SHOWN})
+    table = frame.assign(training=trainings(frame))
+    names = [name for name in _POINT if name in table]
+    table = table.assign(**{name: numeric(frame, name) for name in SHOWN})
     table = table.dropna(subset=["ndcg_at_10"])
     grouped = table.groupby(names, dropna=False, sort=False)
     points = grouped.agg(

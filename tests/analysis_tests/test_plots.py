@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.claims_losses import filtering
 from analysis.frame import MEMORY, TIME
 from analysis.plots.curves import curves_figure
 from analysis.plots.filtering import filtering_data, filtering_figures
@@ -130,6 +131,26 @@ def test_filtering_takes_the_setting_with_the_most_thresholds():
     ]  # fmt: skip
     assert {"none", "1e-4", "1e-2", "ns 128"} <= set(_texts(scatter))
     assert all(drawing.said for drawing in filtering_figures(frame[frame["loss"] != "cce"]))
+
+
+def test_runs_trained_otherwise_are_not_averaged():
+    rows = [
+        {"run_key": str(number), "dataset": "demo", "loss": "cce", "batch_size": 64,
+         "max_seq_len": 16, "num_negatives": np.nan, "filter_eps": eps, "filter_mode": mode,
+         "max_epochs": epochs, "ndcg_at_10": ndcg, TIME: 5.0, MEMORY: 1e6}
+        for number, (epochs, eps, mode, ndcg) in enumerate([
+            (2, None, "drop", 0.10), (2, 1e-4, "drop", 0.05), (2, 1e-4, "unbiased", 0.11),
+            (20, None, "drop", 0.30),
+        ])
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    data = filtering_data(frame)
+    assert data["ndcg_at_10"].tolist() == pytest.approx([0.10, 0.05])
+    best = losses_data(frame).iloc[0]
+    assert best["ndcg_at_10"] == pytest.approx(0.30)
+    assert (best["num_runs"], best["num_points"]) == (1, 4)
+    (finding,) = filtering(frame)
+    assert finding.value == pytest.approx(-0.5)
 
 
 def test_the_papers_selection_of_figure_5_is_an_option_that_says_what_it_hides(sweep_frame):
