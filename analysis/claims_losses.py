@@ -28,6 +28,8 @@ _SETTING = ["model", "training", "batch_size", "max_seq_len"]
 _POINT = [*_SETTING, "num_negatives"]
 LARGE_CATALOG = 800_000
 """Items above which the paper sees a gain from reallocated memory."""
+FILTERED_FROM = 1e-6
+"""Least `filter_eps` of a run that counts as filtered."""
 FASTER_DATASETS = {"beauty", "megamarket", "gowalla"}
 
 
@@ -86,8 +88,8 @@ def filtering(frame: pd.DataFrame) -> list[Finding]:
         if "filter_mode" in group:
             group = group[group["filter_mode"] != "unbiased"]
             eps = eps[group.index]
-        low = group[eps.isna() | (eps < 1e-6)]
-        pairs = matched(low, group[(eps >= 1e-6) & (eps <= 1e-4)], on, [NDCG])
+        filtered = group[_is_filtered(group) & (eps <= 1e-4)]
+        pairs = matched(group[~_is_filtered(group)], filtered, on, [NDCG])
         if pairs.empty:
             return undecidable(13, dataset, _lacks(group, "filter_eps from 1e-6 to 1e-4 and none"))
         estimate = mean_estimate(relative(pairs, NDCG), keys_of(pairs))
@@ -103,7 +105,7 @@ def faster_than_filtered(frame: pd.DataFrame) -> list[Finding]:
 
     def judged(dataset: str, group: pd.DataFrame) -> Finding:
         eps = numeric(group, "filter_eps")
-        filtered = _loss(group, "cce")[np.isclose(eps[group["loss"] == "cce"], 1e-4, rtol=0.5)]
+        filtered = group[(group["loss"] == "cce") & np.isclose(eps, 1e-4, rtol=0.5)]
         pairs = matched(_loss(group, "cce_minus"), filtered, _SETTING, [TIME])
         if pairs.empty:
             return undecidable(14, dataset, _lacks(group, "cce filtered at 1e-4 with cce_minus"))
@@ -228,7 +230,17 @@ def _each(frame: pd.DataFrame, judged: Callable[[str, pd.DataFrame], Finding]) -
 
 
 def _loss(group: pd.DataFrame, loss: str) -> pd.DataFrame:
-    return group[group["loss"] == loss]
+    """Runs of a loss without filtering and with uniform negatives; all where there are none."""
+    runs = group[group["loss"] == loss]
+    usual = ~_is_filtered(runs)
+    if "negative_sampler" in runs:
+        usual &= runs["negative_sampler"] == "uniform"
+    return runs[usual] if usual.any() else runs
+
+
+def _is_filtered(runs: pd.DataFrame) -> pd.Series:
+    """Whether a run leaves out so many gradients that its quality or time could tell."""
+    return numeric(runs, "filter_eps") >= FILTERED_FROM
 
 
 def _lacks(group: pd.DataFrame, needed: str) -> str:

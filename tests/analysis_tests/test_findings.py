@@ -157,6 +157,12 @@ COVERAGE, SURPRISAL = "coverage_at_10", "surprisal_at_10"
 def test_claims_about_losses(sweep_frame, claim, pair, yes, no):
     assert verdict(claim(loss_pair(sweep_frame, *pair, **yes))) == "supported"
     assert verdict(claim(loss_pair(sweep_frame, *pair, **no))) == "contradicted"
+    special = loss_pair(sweep_frame, *pair, **no).query(f"loss == '{pair[1]}'")
+    for name, value in (("filter_eps", 1e-4), ("negative_sampler", "popularity")):
+        usual = loss_pair(sweep_frame, *pair, **yes)
+        usual[name] = np.nan if name == "filter_eps" else "uniform"
+        beside = special.assign(run_key=special["run_key"] + name, **{name: value})
+        assert claim(pd.concat([usual, beside], ignore_index=True)) == claim(usual)
     alone = loss_pair(sweep_frame, *pair).query(f"loss == '{pair[0]}'")
     lacking = claim(alone)[0]
     assert lacking.verdict == "undecidable"
