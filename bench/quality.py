@@ -24,9 +24,10 @@ from trainer.loop import train
 
 _OPTIONS = (
     "batch_size", "max_seq_len", "embedding_dim", "dropout_rate", "learning_rate", "max_epochs",
+    "patience",
 )  # fmt: skip
 """Fields of a run that the command line sets."""
-_DEFAULTS = ("num_blocks", "num_heads", "patience")
+_DEFAULTS = ("num_blocks", "num_heads")
 """Fields that the peer is told besides."""
 
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--dropout-rate", type=float, default=0.3)
     parser.add_argument("--learning-rate", type=float, default=0.001)
     parser.add_argument("--max-epochs", type=int, default=30)
+    parser.add_argument("--patience", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", action="store_true", help="append to bench/results/quality.csv")
