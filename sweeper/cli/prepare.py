@@ -9,7 +9,7 @@ import typer
 from sweeper.cli.options import JsonOption
 from trainer.data.checks import DEFAULT_MAX_BAD_ROWS
 from trainer.data.prepare import DEFAULT_MEMORY_ROWS
-from trainer.data.split import FilterOptions, SplitOptions
+from trainer.data.split import FilterOptions, SplitOptions, TieOrder
 
 
 def prepare(
@@ -78,7 +78,7 @@ def prepare(
         typer.Option(
             metavar="ORDER",
             help="Of two events at the same time the earlier one: row (in the file), or item-age "
-            "(on the item that appeared earlier).",
+            "(on the item that appeared earlier), or item-id (on the item with the lower id).",
         ),
     ] = "row",
     raw_dir: Annotated[
@@ -115,8 +115,9 @@ def prepare(
 
     if split not in ("global-temporal", "leave-one-out"):
         raise DataError(f"--split {split!r} is neither global-temporal nor leave-one-out")
-    if tie_order not in ("row", "item-age"):
-        raise DataError(f"--tie-order {tie_order!r} is neither row nor item-age")
+    orders: dict[str, TieOrder] = {"row": "row", "item-age": "item_age", "item-id": "item_id"}
+    if tie_order not in orders:
+        raise DataError(f"--tie-order {tie_order!r} is none of {', '.join(orders)}")
     if id_type not in (None, "auto", "int", "string"):
         raise DataError(f"--id-type {id_type!r} is none of auto, int, string")
     public = PUBLIC_DATASETS.get(source)
@@ -151,7 +152,7 @@ def prepare(
                 kind="global_temporal" if split == "global-temporal" else "leave_one_out",
                 test_fraction=test_fraction,
                 validation_fraction=validation_fraction,
-                tie_order="row" if tie_order == "row" else "item_age",
+                tie_order=orders[tie_order],
             ),
             memory_rows=memory_rows,
             overwrite=overwrite,

@@ -169,7 +169,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ),
         (
             ("prepare", "--source", "csv", "--input", "n.csv", "--out", "x", "--tie-order", "id"),
-            "--tie-order 'id' is neither row nor item-age",
+            "--tie-order 'id' is none of row, item-age, item-id",
         ),
     ],
 )

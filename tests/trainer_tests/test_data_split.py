@@ -243,8 +243,30 @@ def test_ties_by_the_age_of_items(tmp_path, memory_rows):
     assert dataset.meta["split"] == {"kind": "leave_one_out", "tie_order": "item_age"}
 
 
+@pytest.mark.parametrize(("id_type", "by_id"), [("int", [8, 9, 10]), ("string", ["10", "8", "9"])])
+def test_ties_by_the_ids_of_items(tmp_path, id_type, by_id):
+    rows = [f"{user},{item},7" for user in (1, 2) for item in (9, 8, 10)]
+    rows += ["3,9,1", "3,8,2", "3,10,3", "3,9,4", "3,8,5"]  # times go before ids
+    file = tmp_path / "events.csv"
+    file.write_text("\n".join(["user_id,item_id,timestamp", *rows]), encoding="utf-8")
+    dataset = prepare(
+        open_source("csv", file, SourceOptions(id_type=id_type)),
+        tmp_path / "out",
+        filters=NO_FILTER,
+        split=SplitOptions(kind="leave_one_out", tie_order="item_id"),
+        memory_rows=2,
+    )
+    for found, tied, timed in ((dataset.validation, by_id[1], 9), (dataset.test, by_id[2], 8)):
+        targets = dict(
+            zip(dataset.user_ids[found.users], dataset.item_ids[found.targets], strict=True)
+        )
+        assert [str(targets[user]) for user in dataset.user_ids] == [
+            str(timed if str(user) == "3" else tied) for user in dataset.user_ids
+        ]
+
+
 @pytest.mark.parametrize("kind", ["global_temporal", "leave_one_out"])
-@pytest.mark.parametrize("tie_order", ["row", "item_age"])
+@pytest.mark.parametrize("tie_order", ["row", "item_age", "item_id"])
 @pytest.mark.parametrize("memory_rows", [7, 100, 1499])
 def test_bounded_memory_changes_nothing(tmp_path, kind, tie_order, memory_rows):
     rows = random_rows(3, times=300)

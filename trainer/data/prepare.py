@@ -28,11 +28,13 @@ from trainer.data.split import (
     FilterOptions,
     Split,
     SplitOptions,
+    all_rows,
     filter_counts,
+    first_appearance,
     split_global_temporal,
     split_leave_one_out,
 )
-from trainer.data.ties import oldest_items_first
+from trainer.data.ties import ordered_by_item
 
 DEFAULT_MEMORY_ROWS = 1 << 25
 """Rows held in memory at once; larger inputs go through files beside the output."""
@@ -155,10 +157,14 @@ def _prepare_into(
         "filtered_users": int((user_rows > 0).sum()),
         "filtered_items": int((item_rows > 0).sum()),
     }
-    if options.tie_order == "item_age":
-        progress(f"order {len(log):,} rows by the age of their items")
-        by_age = InteractionLog(folder / "by_age", memory_rows)
-        log = oldest_items_first(log, len(items), by_age, memory_rows)
+    if options.tie_order != "row":
+        progress(f"order {len(log):,} rows by item")
+        if options.tie_order == "item_age":
+            order = first_appearance(log, 1, len(items), all_rows)
+        else:
+            order = pc.sort_indices(item_ids).to_numpy().astype(np.int64)
+        by_item = InteractionLog(folder / "by_item", memory_rows)
+        log = ordered_by_item(log, order, by_item, memory_rows)
     progress(f"split {len(log):,} rows")
     if options.kind == "global_temporal":
         chosen = _codes_of(validation_users, user_ids)

@@ -16,7 +16,7 @@ from trainer.data.interactions import Block, Int64Array, InteractionLog
 
 BoolArray = npt.NDArray[np.bool_]
 SplitKind = Literal["global_temporal", "leave_one_out"]
-TieOrder = Literal["row", "item_age"]
+TieOrder = Literal["row", "item_age", "item_id"]
 RowMask = Callable[[int, Block], BoolArray]
 """From the number of a block's first row and the block to the rows that take part."""
 
@@ -54,8 +54,10 @@ class SplitOptions:
     validation_seed: int = 42
     """Seed of the draw of validation users (global_temporal)."""
     tie_order: TieOrder = "row"
-    """Which of two events at the same time is the earlier one: that of the earlier row, or that on
-    the item which appeared earlier (the order of the paper's sequences)."""
+    """Which of two events at the same time is the earlier one: that of the earlier row, that on the
+    item which appeared earlier (the paper's code numbers items so, and sorts by time and then by
+    this number), or that on the item with the lower id (files written item by item, such as those
+    of the Amazon reviews)."""
 
     def __post_init__(self) -> None:
         for name in ("test_fraction", "validation_fraction"):

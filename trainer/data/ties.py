@@ -1,15 +1,14 @@
-"""Rows in another order, so that ties in time fall to the age of the item and not to the file."""
+"""Rows in another order, so that ties in time fall to their items and not to the file."""
 
 import numpy as np
 
 from trainer.data.interactions import Int64Array, InteractionLog
-from trainer.data.split import all_rows, first_appearance
 
 
-def oldest_items_first(
-    log: InteractionLog, num_items: int, target: InteractionLog, memory_rows: int
+def ordered_by_item(
+    log: InteractionLog, order: Int64Array, target: InteractionLog, memory_rows: int
 ) -> InteractionLog:
-    """Move the rows to another log, those of items that appeared earlier first.
+    """Move the rows to another log, item by item.
 
     Everything that reads a log breaks ties in time by the order of its rows. The rows of an item
     keep theirs.
@@ -18,8 +17,8 @@ def oldest_items_first(
     ----------
     log : InteractionLog
         At least one row; empty afterwards.
-    num_items : int
-        Item codes are below it.
+    order : ndarray of int64, shape (n,)
+        Codes of all items that have rows, the first first.
     target : InteractionLog
         Takes the rows.
     memory_rows : int
@@ -29,34 +28,28 @@ def oldest_items_first(
     -------
     InteractionLog
         `target`.
-
-    References
-    ----------
-    The paper's code sorts a user's events by time and then by an item number that counts items in
-    order of first appearance.
     """
-    ages = np.full(num_items, -1, dtype=np.int64)
-    order = first_appearance(log, 1, num_items, all_rows)
-    ages[order] = np.arange(len(order))
+    places = np.full(int(order.max()) + 1, -1, dtype=np.int64)
+    places[order] = np.arange(len(order))
     counts = np.zeros(len(order), dtype=np.int64)
     for _, (_, items, _) in log.blocks():
-        counts += np.bincount(ages[items], minlength=len(order))
+        counts += np.bincount(places[items], minlength=len(order))
     bounds = _bounds(counts, max(memory_rows // 2, 1))
     for first, last in zip(bounds, bounds[1:], strict=False):
         chosen = []
         for _, (users, items, times) in log.blocks():
-            age = ages[items]
-            rows = np.flatnonzero((age >= first) & (age < last))
+            place = places[items]
+            rows = np.flatnonzero((place >= first) & (place < last))
             chosen.append((users[rows], items[rows], times[rows]))
         users, items, times = (np.concatenate(column) for column in zip(*chosen, strict=True))
-        rows = np.argsort(ages[items], kind="stable")
+        rows = np.argsort(places[items], kind="stable")
         target.append(users[rows], items[rows], times[rows])
     log.clear()
     return target
 
 
 def _bounds(counts: Int64Array, most_rows: int) -> list[int]:
-    """First ages of consecutive groups of items, and the number of items at the end."""
+    """First places of consecutive groups of items, and the number of items at the end."""
     ends = np.cumsum(counts)
     bounds = [0]
     while bounds[-1] < len(counts):
