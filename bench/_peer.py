@@ -13,19 +13,29 @@ from torch import nn
 
 from bench import _padded
 from db.spec import RunSpec
+from kernels.scalable import bucket_shape
 from trainer.data.batches import PackedBatch
 
 Seconds = tuple[float, float]
 """Wall and processor seconds of one step."""
 
-_LOSSES = {"ce": "ce", "cce": "ce", "bce": "bce", "ce_minus": "ce_minus", "cce_minus": "ce_minus"}
+_LOSSES = {
+    "ce": "ce", "cce": "ce", "bce": "bce", "bce_plus": "bce", "gbce": "gbce", "sce": "sce",
+    "ce_minus": "ce_minus", "cce_minus": "ce_minus",
+}  # fmt: skip
 """The loss of the peers that is the same function of the data."""
+_ONLY = {"gbce": "rectools", "sce": "replay"}
+"""Losses that one library alone has; sce for SASRec."""
 
 
 def peer_names(spec: RunSpec) -> dict[str, str]:
     """Peers that have the model and loss: name in the table, name in `_peer_process.py`."""
     if spec.loss not in _LOSSES:
         return {}
+    if spec.loss in _ONLY:
+        only = _ONLY[spec.loss]
+        has = spec.model == "sasrec" or only == "rectools"
+        return {only: f"{only} {spec.model}"} if has else {}
     names = {"replay": f"replay {spec.model}"}
     full = _LOSSES[spec.loss] == "ce"
     if spec.model == "sasrec" and full:
@@ -84,6 +94,9 @@ class Peer:
             "peer": peer,
             "loss": _LOSSES[spec.loss],
             "num_items": num_items,
+            "sce_shape": bucket_shape(
+                len(batches[0].items), spec.sce_alpha, spec.sce_beta, spec.sce_bucket_size_x
+            ),
             "num_batches": len(batches),
             "threads": options.threads,
             "device": options.device,

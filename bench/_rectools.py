@@ -5,6 +5,7 @@ among the classes. Negatives are drawn within the step, as ours are.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from rectools.models.nn.item_net import IdEmbeddingsItemNet, SumOfEmbeddingsConstructor
@@ -26,6 +27,20 @@ CRITERIA = {
         TransformerLightningModule._calc_sampled_softmax_loss, TransformerLightningModule
     ),
 }
+
+
+def reduced_overconfidence(job):
+    """RecTools' gBCE, which asks its module for two numbers."""
+    data = SimpleNamespace(n_negatives=job["num_negatives"])
+    holder = SimpleNamespace(data_preparator=data, gbce_t=job["gbce_t"])
+
+    def loss(logits, y, w):
+        logits = TransformerLightningModule._get_reduced_overconfidence_logits(
+            holder, logits, job["num_items"]
+        )
+        return TransformerLightningModule._calc_bce_loss(logits, y, w)
+
+    return loss
 
 
 class SasRec:
@@ -62,7 +77,9 @@ class SasRec:
         )
         self.negatives = CatalogUniformSampler(n_negatives=job["num_negatives"])
         self.sampled = job["loss"] != "ce"
-        self.criterion = CRITERIA[job["loss"]]
+        self.criterion = (
+            reduced_overconfidence(job) if job["loss"] == "gbce" else CRITERIA[job["loss"]]
+        )
         self.load(weights)
 
     def load(self, weights):

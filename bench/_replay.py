@@ -23,7 +23,21 @@ def schema(job):
     )
 
 
-LOSSES = {"ce": ("CE", False), "ce_minus": ("CE", True), "bce": ("BCE", True)}
+LOSSES = {
+    "ce": ("CE", False),
+    "ce_minus": ("CE", True),
+    "bce": ("BCE", True),
+    "sce": ("SCE", False),
+}
+
+
+def sce_params(job):
+    """Buckets as ours have for the first batch."""
+    from replay.models.nn.loss import SCEParams
+
+    num_buckets, size_x = job["sce_shape"]
+    size_y = min(job["sce_bucket_size_y"], job["num_items"])
+    return SCEParams(num_buckets, size_x, size_y, job["sce_mix"])
 
 
 class SasRecModule:
@@ -42,6 +56,7 @@ class SasRecModule:
             dropout_rate=job["dropout_rate"],
             loss_type=kind,
             loss_sample_count=job["num_negatives"] if sampled else None,
+            sce_params=sce_params(job) if kind == "SCE" else None,
         )
         if weights is not None:
             load(self.module._model, sasrec_names(weights))
