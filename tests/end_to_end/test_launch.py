@@ -135,16 +135,16 @@ def test_killed_workers_and_failing_runs(sweep):
 
 
 def test_ctrl_c_ends_with_130_and_the_same_line_resumes(sweep):
-    toy = sweep(steps=30, step_seconds=0.05)
-    driver = toy.start("seeds: 5")
-    toy.wait_for(1, running=1)
+    toy = sweep(steps=100, step_seconds=0.05)
+    driver = toy.start("seeds: 3")
+    toy.wait_for(0, running=1)  # just begun, so that it cannot end before the signal is seen
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=30) == 130, toy.log()
     assert "the same line resumes" in toy.log()
     ended = query.rows(toy.url, "select status, lease_until from attempts where status <> 'done'")
     assert ended, "nothing was under way"
     assert all(r["status"] == "cancelled" and r["lease_until"] is None for r in ended), ended
-    assert toy.start("seeds: 5").wait(timeout=120) == 0, toy.log()
+    assert toy.start("seeds: 3").wait(timeout=120) == 0, toy.log()
     assert violations(toy.url) == []
 
 
